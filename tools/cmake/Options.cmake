@@ -1,0 +1,23 @@
+# Compile and link options that every target of the tree takes, on one interface target.
+add_library(sida_options INTERFACE)
+target_compile_definitions(sida_options INTERFACE _GNU_SOURCE SIDA_VERSION="${PROJECT_VERSION}")
+target_include_directories(sida_options INTERFACE ${CMAKE_SOURCE_DIR})
+target_compile_options(sida_options INTERFACE -Wall -Wextra -Wshadow -Wpointer-arith -Wvla
+  $<$<COMPILE_LANGUAGE:C>:-Wstrict-prototypes> $<$<COMPILE_LANGUAGE:C>:-Wmissing-prototypes>
+  # Exact routing promises bytes: no reassociation, and the same contraction everywhere.
+  -fno-math-errno -ffp-contract=fast)
+if(SIDA_WERROR)
+  target_compile_options(sida_options INTERFACE -Werror)
+endif()
+if(SIDA_SANITIZE)
+  target_compile_options(sida_options INTERFACE -fsanitize=${SIDA_SANITIZE} -fno-omit-frame-pointer
+    -fno-sanitize-recover=all)
+  target_link_options(sida_options INTERFACE -fsanitize=${SIDA_SANITIZE})
+endif()
+
+# sida_folder(NAME SOURCES... [DEPENDS targets...]): the one target of a folder.
+function(sida_folder name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPENDS" ${ARGN})
+  add_library(${name} STATIC ${ARG_SOURCES})
+  target_link_libraries(${name} PUBLIC sida_options ${ARG_DEPENDS})
+endfunction()
