@@ -1,0 +1,28 @@
+/* P.h5: a trained predictor, and the trainer's checkpoints (the same, plus optimiser state).
+ *   /tensors/NAME  f32 (names: runtime/predictor/net.h)     /curve/...  one row an epoch
+ * Root attributes: format "sida-predictor", version 1, source ("lstm"), model and tokenizer
+ * (fingerprints), config (JSON: everything that shaped the training), plus what a caller sets. */
+#ifndef SIDA_FORMATS_PREDICTOR_FILE_H
+#define SIDA_FORMATS_PREDICTOR_FILE_H
+
+#include "formats/base/fingerprint.h"
+#include "formats/base/status.h"
+#include "formats/h5.h"
+
+#include <jansson.h>
+#include <stdint.h>
+
+typedef struct sida_predictor_meta {
+    sida_fingerprint model, tokenizer;
+    char *source;   /* "lstm", ... owned */
+    json_t *config; /* owned reference */
+} sida_predictor_meta;
+void sida_predictor_meta_free(sida_predictor_meta *meta);
+
+sida_status sida_predictor_file_create(sida_h5_file **out, const char *path, sida_h5_kind kind,
+                                       const sida_predictor_meta *meta);
+/* Opens PREDICTOR or CHECKPOINT and reads the meta data. */
+sida_status sida_predictor_file_open(sida_h5_file **out, sida_predictor_meta *meta,
+                                     const char *path);
+
+#endif
