@@ -1,0 +1,117 @@
+/* The device under the runtime: buffers, copies, streams, events. One table of functions, filled by
+ * the CPU here and by CUDA.
+ *
+ * Work on one stream happens in order; streams run beside each other; an event orders them. The
+ * CPU's compute stream is the calling thread itself (an op has finished when it returns), its copy
+ * streams are threads of their own, so ordering mistakes show without a GPU. Every byte that is
+ * "on the device" comes from sida_buffer_create(SIDA_MEMORY_DEVICE) and counts against the cap;
+ * the CPU's device arena is real memory of its own. */
+#ifndef SIDA_RUNTIME_BACKEND_BACKEND_H
+#define SIDA_RUNTIME_BACKEND_BACKEND_H
+
+#include "formats/base/status.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct sida_backend sida_backend;
+typedef struct sida_stream sida_stream;
+typedef struct sida_event sida_event;
+
+typedef enum sida_memory_kind {
+    SIDA_MEMORY_DEVICE, /* counts against the cap; 256-byte aligned */
+    SIDA_MEMORY_HOST    /* what copies to the device read: pinned where the device wants that */
+} sida_memory_kind;
+
+typedef struct sida_buffer {
+    void *data;
+    size_t bytes;
+    sida_memory_kind kind;
+    sida_backend *backend;
+    void *opaque; /* the back-end's own */
+} sida_buffer;
+
+typedef enum sida_stream_kind {
+    SIDA_STREAM_COMPUTE, /* ops are issued here */
+    SIDA_STREAM_COPY     /* copies only */
+} sida_stream_kind;
+
+typedef struct sida_memory_usage {
+    size_t used_bytes, peak_bytes; /* device memory, now and at most since the cap was set */
+    size_t cap_bytes;              /* SIZE_MAX: none */
+} sida_memory_usage;
+
+/* The functions of a back-end; call them through the wrappers below. */
+typedef struct sida_backend_table {
+    const char *name; /* "cpu", "cuda" */
+    void (*destroy)(sida_backend *backend);
+    /* BUDGET when the cap would be passed, DEVICE or MEMORY when the allocation itself fails. */
+    sida_status (*buffer_create)(sida_backend *backend, sida_buffer **out, sida_memory_kind kind,
+                                 size_t bytes, const char *what);
+    void (*buffer_destroy)(sida_buffer *buffer);
+    sida_status (*stream_create)(sida_backend *backend, sida_stream **out, sida_stream_kind kind);
+    void (*stream_destroy)(sida_stream *stream);
+    sida_status (*stream_synchronize)(sida_stream *stream);
+    sida_status (*copy)(sida_stream *stream, void *to, const void *from, size_t bytes);
+    sida_status (*event_create)(sida_backend *backend, sida_event **out);
+    void (*event_destroy)(sida_event *event);
+    sida_status (*event_record)(sida_event *event, sida_stream *stream);
+    sida_status (*stream_wait)(sida_stream *stream, sida_event *event);
+    sida_status (*event_synchronize)(sida_event *event);
+    sida_status (*event_query)(sida_event *event, bool *done);
+    void (*memory_usage)(sida_backend *backend, sida_memory_usage *out);
+    sida_status (*set_cap)(sida_backend *backend, size_t cap_bytes);
+} sida_backend_table;
+
+/* Every back-end's object, stream and event starts with these. */
+struct sida_backend {
+    const sida_backend_table *table;
+    const struct sida_ops *ops; /* set by runtime/ops: the ops of this device */
+};
+struct sida_stream {
+    sida_backend *backend;
+    sida_stream_kind kind;
+};
+struct sida_event {
+    sida_backend *backend;
+};
+
+typedef struct sida_cpu_options {
+    bool poison; /* tests: device memory starts as NaN bytes (0xff), and is so again when freed */
+    /* Tests: called on a copy thread before each copy, to delay it. */
+    void (*before_copy)(void *context, size_t bytes);
+    void *before_copy_context;
+    int64_t fail_copy; /* tests: the copy threads' N-th copy fails with DEVICE; 0: none does */
+} sida_cpu_options;
+
+/* options may be NULL. */
+sida_status sida_backend_create_cpu(sida_backend **out, const sida_cpu_options *options);
+/* All buffers, streams and events must be gone. Takes NULL. */
+void sida_backend_destroy(sida_backend *backend);
+
+/* `what` names the buffer in a refusal ("expert slots"). Device memory is uninitialised. */
+sida_status sida_buffer_create(sida_backend *backend, sida_buffer **out, sida_memory_kind kind,
+                               size_t bytes, const char *what);
+void sida_buffer_destroy(sida_buffer *buffer); /* takes NULL */
+
+sida_status sida_stream_create(sida_backend *backend, sida_stream **out, sida_stream_kind kind);
+void sida_stream_destroy(sida_stream *stream); /* waits for its work; takes NULL */
+sida_status sida_stream_synchronize(sida_stream *stream);
+/* Between any two of host and device. The source must stay until the copy has happened. */
+sida_status sida_copy(sida_stream *stream, void *to, const void *from, size_t bytes);
+
+sida_status sida_event_create(sida_backend *backend, sida_event **out);
+void sida_event_destroy(sida_event *event); /* takes NULL */
+/* The event happens when all work issued to the stream so far has. May be recorded again. */
+sida_status sida_event_record(sida_event *event, sida_stream *stream);
+/* What is issued to the stream from now on waits for the event's last record. */
+sida_status sida_stream_wait(sida_stream *stream, sida_event *event);
+sida_status sida_event_synchronize(sida_event *event);
+sida_status sida_event_query(sida_event *event, bool *done);
+
+void sida_backend_memory(sida_backend *backend, sida_memory_usage *out);
+/* BUDGET when more than the cap is in use already. */
+sida_status sida_backend_set_cap(sida_backend *backend, size_t cap_bytes);
+
+#endif

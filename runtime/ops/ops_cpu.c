@@ -1,0 +1,18 @@
+#include "runtime/ops/ops.h"
+
+#include <string.h>
+
+const sida_ops sida_ops_cpu = {.embedding = sida_embedding_cpu,
+                               .rms_norm = sida_rms_norm_cpu,
+                               .linear = sida_linear_cpu,
+                               .gated = sida_gated_cpu,
+                               .attention = sida_attention_cpu,
+                               .router = sida_router_cpu,
+                               .expert = sida_expert_cpu,
+                               .combine = sida_combine_cpu,
+                               .lstm = sida_lstm_cpu,
+                               .sparsemax_attention = sida_sparsemax_attention_cpu};
+
+const sida_ops *sida_ops_of(const sida_backend *backend) {
+    return backend->ops ? backend->ops : &sida_ops_cpu;
+}
