@@ -1,0 +1,326 @@
+#include "runtime/model/model_private.h"
+
+#include "formats/base/log.h"
+#include "formats/base/memory.h"
+
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* A dense tensor on its way to the device. */
+typedef struct placement {
+    sida_weight *target;
+    const sida_tensor_view *view;
+    size_t offset;
+} placement;
+
+typedef struct loader {
+    sida_model *model;
+    placement *placements;
+    size_t count, capacity;
+    size_t used; /* tensors of the checkpoint that belong to the model */
+    size_t bytes;
+} loader;
+
+enum { TENSOR_ALIGNMENT = 256 };
+
+/* The tensor of a role, under whichever of its names is there. */
+static sida_status find(loader *load, const sida_tensor_view **out, sida_tensor_role role, int side,
+                        int32_t block, int32_t expert, int rank, const int64_t *shape) {
+    const sida_model *model = load->model;
+    char name[SIDA_TENSOR_NAME_MAX];
+    for (int32_t i = 0; model->family->name(name, &model->config, role, side, block, expert, i);
+         i++) {
+        if (!sida_checkpoint_find(model->checkpoint, name)) continue;
+        load->used++;
+        return sida_checkpoint_tensor(out, model->checkpoint, name, rank, shape);
+    }
+    model->family->name(name, &model->config, role, side, block, expert, 0);
+    return sida_checkpoint_tensor(out, model->checkpoint, name, rank, shape);
+}
+
+/* rows 0: a vector of cols. */
+static sida_status place(loader *load, sida_weight *target, sida_tensor_role role, int side,
+                         int32_t block, int64_t rows, int64_t cols) {
+    sida_status status = SIDA_OK;
+    const sida_tensor_view *view;
+    int64_t shape[2] = {rows, cols};
+    SIDA_TRY(find(load, &view, role, side, block, -1, rows ? 2 : 1, rows ? shape : shape + 1));
+    SIDA_TRY(SIDA_GROW(&load->placements, &load->capacity, load->count + 1, "the tensors"));
+    load->placements[load->count++] = (placement){target, view, load->bytes};
+    *target = (sida_weight){NULL, view->dtype, rows ? rows : 1, cols};
+    load->bytes += (view->bytes + TENSOR_ALIGNMENT - 1) / TENSOR_ALIGNMENT * TENSOR_ALIGNMENT;
+out:
+    return status;
+}
+
+/* Some files repeat the embedding under other names; a different one would change the answers. */
+static sida_status check_copies_of_embedding(loader *load) {
+    sida_model *model = load->model;
+    const sida_tensor_view *first = NULL;
+    char name[SIDA_TENSOR_NAME_MAX];
+    for (int32_t i = 0;
+         model->family->name(name, &model->config, SIDA_TENSOR_EMBEDDING, 0, 0, -1, i); i++) {
+        const sida_tensor_view *view = sida_checkpoint_find(model->checkpoint, name);
+        if (!view) continue;
+        if (!first) {
+            first = view;
+            continue;
+        }
+        load->used++;
+        if (view->dtype != first->dtype || view->bytes != first->bytes ||
+            memcmp(view->data, first->data, first->bytes) != 0)
+            return sida_fail(
+                SIDA_ERROR_UNSUPPORTED,
+                "%s: %s and %s differ; only one embedding for both stacks is supported",
+                sida_checkpoint_folder(model->checkpoint), first->name, view->name);
+    }
+    return SIDA_OK;
+}
+
+static sida_status place_block(loader *load, int side, int32_t i, int32_t *site) {
+    sida_status status = SIDA_OK;
+    const sida_family_config *config = &load->model->config;
+    const sida_model_info *info = &config->info;
+    sida_block *block = &load->model->blocks[side][i];
+    int64_t d = info->d_model, inner = (int64_t)info->heads * info->d_kv, ff = info->d_ff;
+    SIDA_TRY(place(load, &block->self_norm, SIDA_TENSOR_SELF_NORM, side, i, 0, d));
+    SIDA_TRY(place(load, &block->q, SIDA_TENSOR_SELF_Q, side, i, inner, d));
+    SIDA_TRY(place(load, &block->k, SIDA_TENSOR_SELF_K, side, i, inner, d));
+    SIDA_TRY(place(load, &block->v, SIDA_TENSOR_SELF_V, side, i, inner, d));
+    SIDA_TRY(place(load, &block->o, SIDA_TENSOR_SELF_O, side, i, d, inner));
+    if (side == SIDA_DECODER) {
+        SIDA_TRY(place(load, &block->cross_norm, SIDA_TENSOR_CROSS_NORM, side, i, 0, d));
+        SIDA_TRY(place(load, &block->cross_q, SIDA_TENSOR_CROSS_Q, side, i, inner, d));
+        SIDA_TRY(place(load, &block->cross_k, SIDA_TENSOR_CROSS_K, side, i, inner, d));
+        SIDA_TRY(place(load, &block->cross_v, SIDA_TENSOR_CROSS_V, side, i, inner, d));
+        SIDA_TRY(place(load, &block->cross_o, SIDA_TENSOR_CROSS_O, side, i, d, inner));
+    }
+    SIDA_TRY(place(load, &block->ff_norm, SIDA_TENSOR_FF_NORM, side, i, 0, d));
+    if (config->sparse[side][i]) {
+        block->site = (*site)++;
+        SIDA_TRY(place(load, &block->router, SIDA_TENSOR_ROUTER, side, i, info->experts, d));
+        return SIDA_OK;
+    }
+    block->site = -1;
+    SIDA_TRY(place(load, &block->wi, SIDA_TENSOR_WI, side, i, ff, d));
+    if (config->gated) SIDA_TRY(place(load, &block->wi_1, SIDA_TENSOR_WI_1, side, i, ff, d));
+    SIDA_TRY(place(load, &block->wo, SIDA_TENSOR_WO, side, i, d, ff));
+out:
+    return status;
+}
+
+static sida_status place_dense(loader *load) {
+    sida_status status = SIDA_OK;
+    sida_model *model = load->model;
+    const sida_model_info *info = &model->config.info;
+    int32_t site = 0;
+    SIDA_TRY(place(load, &model->embedding, SIDA_TENSOR_EMBEDDING, 0, 0, info->vocabulary,
+                   info->d_model));
+    SIDA_TRY(check_copies_of_embedding(load));
+    if (!model->config.tied)
+        SIDA_TRY(
+            place(load, &model->head, SIDA_TENSOR_HEAD, 0, 0, info->vocabulary, info->d_model));
+    for (int side = 0; side < 2; side++) {
+        SIDA_TRY(place(load, &model->final_norm[side], SIDA_TENSOR_FINAL_NORM, side, 0, 0,
+                       info->d_model));
+        SIDA_TRY(place(load, &model->bias[side], SIDA_TENSOR_BIAS, side, 0, model->config.buckets,
+                       info->heads));
+        SIDA_TRY(SIDA_ALLOC(&model->blocks[side], info->layers[side], "the blocks"));
+        for (int32_t i = 0; i < info->layers[side]; i++)
+            SIDA_TRY(place_block(load, side, i, &site));
+    }
+    model->config.info.dense_bytes = load->bytes;
+out:
+    return status;
+}
+
+static sida_status copy_dense(loader *load) {
+    sida_status status = SIDA_OK;
+    sida_model *model = load->model;
+    sida_stream *stream = NULL;
+    SIDA_TRY(sida_buffer_create(model->backend, &model->dense, SIDA_MEMORY_DEVICE, load->bytes,
+                                "the model's dense weights"));
+    SIDA_TRY(sida_stream_create(model->backend, &stream, SIDA_STREAM_COMPUTE));
+    for (size_t i = 0; i < load->count; i++) {
+        const placement *at = &load->placements[i];
+        char *to = (char *)model->dense->data + at->offset;
+        SIDA_TRY(sida_copy(stream, to, at->view->data, at->view->bytes));
+        at->target->data = to;
+    }
+    SIDA_TRY(sida_stream_synchronize(stream));
+    if (model->config.tied) model->head = model->embedding;
+out:
+    sida_stream_destroy(stream);
+    return status;
+}
+
+/* Elements of a stored tensor as fp32. */
+static void widen(float *out, const sida_tensor_view *view, size_t count) {
+    const char *from = view->data;
+    for (size_t i = 0; i < count; i++) {
+        uint16_t bits;
+        if (view->dtype == SIDA_F32) {
+            memcpy(out, from, count * sizeof *out);
+            return;
+        }
+        memcpy(&bits, from + i * sizeof bits, sizeof bits);
+        out[i] = view->dtype == SIDA_BF16 ? sida_bf16_to_f32(bits) : sida_f16_to_f32(bits);
+    }
+}
+
+/* The matrices of one expert, in the order of runtime/ops/expert.h. */
+static sida_status expert_matrices(loader *load, const sida_tensor_view *out[3], int *count,
+                                   int side, int32_t block, int32_t expert) {
+    static const sida_tensor_role gated[] = {SIDA_TENSOR_WI, SIDA_TENSOR_WI_1, SIDA_TENSOR_WO};
+    static const sida_tensor_role plain[] = {SIDA_TENSOR_WI, SIDA_TENSOR_WO};
+    sida_status status = SIDA_OK;
+    const sida_family_config *config = &load->model->config;
+    int64_t in[2] = {config->info.d_ff, config->info.d_model}, back[2] = {in[1], in[0]};
+    *count = config->gated ? 3 : 2;
+    for (int i = 0; i < *count; i++)
+        SIDA_TRY(find(load, &out[i], config->gated ? gated[i] : plain[i], side, block, expert, 2,
+                      i == *count - 1 ? back : in));
+out:
+    return status;
+}
+
+/* Calls `each` for every expert in the order of global ids. */
+typedef void each_expert_fn(loader *load, int64_t global, const sida_tensor_view *const *matrices,
+                            int count);
+
+static sida_status for_experts(loader *load, each_expert_fn *each) {
+    sida_status status = SIDA_OK;
+    const sida_model_info *info = &load->model->config.info;
+    const sida_tensor_view *matrices[3];
+    int count;
+    for (int side = 0; side < 2; side++)
+        for (int32_t i = 0; i < info->layers[side]; i++) {
+            int64_t site = load->model->blocks[side][i].site;
+            for (int32_t e = 0; site >= 0 && e < info->experts; e++) {
+                SIDA_TRY(expert_matrices(load, matrices, &count, side, i, e));
+                each(load, site * info->experts + e, matrices, count);
+            }
+        }
+out:
+    return status;
+}
+
+/* One type for all: the stored one, or fp32 where they differ. */
+static void note_type(loader *load, int64_t global, const sida_tensor_view *const *matrices,
+                      int count) {
+    sida_expert_shape *shape = &load->model->config.info.expert;
+    if (global == 0) shape->dtype = matrices[0]->dtype;
+    for (int i = 0; i < count; i++)
+        if (matrices[i]->dtype != shape->dtype) shape->dtype = SIDA_F32;
+}
+
+static void fill_slab(loader *load, int64_t global, const sida_tensor_view *const *matrices,
+                      int count) {
+    const sida_model_info *info = &load->model->config.info;
+    char *to = (char *)load->model->slab->data + (size_t)global * info->expert_bytes;
+    size_t elements = (size_t)info->d_model * (size_t)info->d_ff;
+    for (int i = 0; i < count; i++) {
+        if (matrices[i]->dtype == info->expert.dtype)
+            memcpy(to, matrices[i]->data, matrices[i]->bytes);
+        else
+            widen((float *)(void *)to, matrices[i], elements);
+        to += elements * sida_dtype_bytes(info->expert.dtype);
+    }
+}
+
+static sida_status load_experts(loader *load) {
+    sida_status status = SIDA_OK;
+    sida_model *model = load->model;
+    sida_model_info *info = &model->config.info;
+    size_t bytes;
+    SIDA_TRY(for_experts(load, note_type));
+    size_t used = load->used;
+    info->expert_bytes = sida_expert_bytes(&info->expert);
+    if (sida_mul_overflow(info->expert_bytes, (size_t)info->sites * (size_t)info->experts, &bytes))
+        SIDA_FAIL(SIDA_ERROR_MEMORY, "%s: the experts are larger than memory can be",
+                  sida_checkpoint_folder(model->checkpoint));
+    SIDA_TRY(sida_buffer_create(model->backend, &model->slab, SIDA_MEMORY_HOST, bytes,
+                                "the experts on the host"));
+    SIDA_TRY(for_experts(load, fill_slab));
+    load->used = used; /* the second pass found the same ones */
+out:
+    return status;
+}
+
+static sida_status configure(sida_model *model) {
+    sida_status status = SIDA_OK;
+    const json_t *config = sida_checkpoint_config(model->checkpoint);
+    const char *folder = sida_checkpoint_folder(model->checkpoint), *type;
+    char *path = NULL;
+    SIDA_TRY(sida_strprintf(&path, "%s/config.json", folder));
+    SIDA_TRY(sida_config_text(&type, config, path, "model_type", NULL));
+    if (!type) SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: model_type is missing", path);
+    model->family = sida_family_find(type);
+    if (!model->family)
+        SIDA_FAIL(SIDA_ERROR_UNSUPPORTED, "%s: model_type %.60s; supported: %s", path, type,
+                  sida_family_names());
+    SIDA_TRY(model->family->configure(&model->config, config, path));
+out:
+    free(path);
+    return status;
+}
+
+sida_status sida_model_open(sida_model **out, sida_backend *backend, const char *folder) {
+    sida_status status = SIDA_OK;
+    sida_model *model = NULL;
+    loader load = {0};
+    *out = NULL;
+    SIDA_TRY(SIDA_ALLOC(&model, 1, folder));
+    model->backend = backend;
+    model->ops = sida_ops_of(backend);
+    load.model = model;
+    SIDA_TRY(sida_checkpoint_open(&model->checkpoint, folder));
+    SIDA_TRY(configure(model));
+    SIDA_TRY(place_dense(&load));
+    SIDA_TRY(load_experts(&load));
+    SIDA_TRY(copy_dense(&load));
+    SIDA_TRY(sida_checkpoint_fingerprint(&model->config.info.fingerprint, model->checkpoint));
+    if (load.used < sida_checkpoint_count(model->checkpoint))
+        sida_log(SIDA_LOG_INFO, "%s: %zu tensors are not used by %s", folder,
+                 sida_checkpoint_count(model->checkpoint) - load.used, model->family->model_type);
+    *out = model;
+    model = NULL;
+out:
+    free(load.placements);
+    sida_model_destroy(model);
+    return status;
+}
+
+void sida_model_destroy(sida_model *model) {
+    if (!model) return;
+    sida_buffer_destroy(model->dense);
+    sida_buffer_destroy(model->slab);
+    free(model->blocks[0]);
+    free(model->blocks[1]);
+    sida_family_config_free(&model->config);
+    sida_checkpoint_destroy(model->checkpoint);
+    free(model);
+}
+
+const sida_model_info *sida_model_get_info(const sida_model *model) {
+    return &model->config.info;
+}
+
+sida_backend *sida_model_backend(const sida_model *model) {
+    return model->backend;
+}
+
+const sida_checkpoint *sida_model_checkpoint(const sida_model *model) {
+    return model->checkpoint;
+}
+
+const void *sida_model_expert(const sida_model *model, int32_t global_expert) {
+    const sida_model_info *info = &model->config.info;
+    assert(global_expert >= 0 && global_expert < info->sites * info->experts);
+    return (const char *)model->slab->data + (size_t)global_expert * info->expert_bytes;
+}
+
+sida_weight sida_model_embedding(const sida_model *model) {
+    return model->embedding;
+}

@@ -1,0 +1,139 @@
+/* A loaded MoE model and its forward pass. Knows families, not stores: experts are asked for
+ * through a driver, so that the same forward serves the tracer (all resident) and the engine.
+ *
+ * Sites: MoE layers counted through the model, the encoder's first. An expert's global id is
+ * site * experts + expert. */
+#ifndef SIDA_RUNTIME_MODEL_MODEL_H
+#define SIDA_RUNTIME_MODEL_MODEL_H
+
+#include "formats/base/fingerprint.h"
+#include "formats/checkpoint.h"
+#include "formats/ragged.h"
+#include "runtime/ops/ops.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { SIDA_ENCODER = 0, SIDA_DECODER = 1 };
+
+typedef struct sida_model_info {
+    const char *family; /* "switch_transformers" */
+    sida_fingerprint fingerprint;
+    int32_t vocabulary, d_model, d_kv, heads, d_ff;
+    int32_t layers[2], moe_layers[2];
+    int32_t sites;          /* moe_layers[0] + moe_layers[1] */
+    int32_t experts, top_k; /* a MoE layer, a token */
+    int32_t capacity;       /* tokens an expert takes of a sequence; 0: no limit */
+    bool renormalise;
+    int32_t pad, eos, decoder_start;
+    sida_expert_shape expert; /* shape and stored type; of experts_bytes each */
+    size_t expert_bytes;
+    size_t dense_bytes; /* everything but experts, as on the device */
+} sida_model_info;
+
+typedef struct sida_model sida_model;
+
+/* Reads the directory, checks every tensor, puts the dense part on the device (as stored) and all
+ * experts into one host slab. Errors: IO, FORMAT, UNSUPPORTED (model_type), BUDGET. */
+sida_status sida_model_open(sida_model **out, sida_backend *backend, const char *folder);
+void sida_model_destroy(sida_model *model);
+const sida_model_info *sida_model_get_info(const sida_model *model);
+sida_backend *sida_model_backend(const sida_model *model);
+const sida_checkpoint *sida_model_checkpoint(const sida_model *model);
+/* The host copy of an expert: info.expert_bytes contiguous bytes. */
+const void *sida_model_expert(const sida_model *model, int32_t global_expert);
+/* The input embedding on the device, [vocabulary, d_model]. */
+sida_weight sida_model_embedding(const sida_model *model);
+
+/* What one MoE layer is about to do. Arrays are host arrays owned by the run. */
+typedef struct sida_moe_call {
+    int32_t site, side, layer; /* layer: of that side's MoE layers */
+    int32_t sequences;
+    const int64_t *offsets;  /* [sequences + 1] tokens of this forward call */
+    const int32_t *position; /* [sequences] position of each sequence's first token */
+    int64_t tokens;
+    int32_t experts_total, k;
+    const float *logits; /* [tokens, E], the true router's */
+    int32_t *experts;    /* [tokens, k] */
+    float *alpha;        /* [tokens, k] */
+    uint8_t *dropped;    /* [tokens] */
+} sida_moe_call;
+
+/* Who chooses and supplies the experts. Every function may be called from the thread that runs the
+ * model only. */
+typedef struct sida_moe_driver {
+    void *context;
+    /* Fills experts and alpha; NULL: the router decides (exact). Capacity is applied after it. */
+    sida_status (*choose)(void *context, sida_moe_call *call);
+    /* Sees the finished routing; NULL: nobody looks. */
+    sida_status (*observe)(void *context, const sida_moe_call *call);
+    /* The distinct experts (0 … E-1, ascending) that this layer will compute with. */
+    sida_status (*begin)(void *context, const sida_moe_call *call, const int32_t *needed,
+                         int32_t count);
+    /* A wave: between 1 and count of the needed experts not handed out yet, pinned on the device:
+     * their ids and device pointers. Waits until there is one. */
+    sida_status (*take)(void *context, int32_t *experts, const void **weights, int32_t *count);
+    /* The wave's work has been issued to `stream`: its slots may be reused behind it. */
+    sida_status (*release)(void *context, const int32_t *experts, int32_t count,
+                           sida_stream *stream);
+} sida_moe_driver;
+
+/* All experts on the device at once: for the tracer and for reference answers. `driver` is filled;
+ * hooks choose and observe are NULL and may be set by the caller, who then passes a context through
+ * sida_resident_set_context(). */
+typedef struct sida_resident sida_resident;
+sida_status sida_resident_create(sida_resident **out, const sida_model *model);
+void sida_resident_destroy(sida_resident *resident);
+/* A driver whose begin, take and release serve from `resident`, with the caller's choose and
+ * observe (either may be NULL), which get `context`. Valid while `resident` lives; one at a time.
+ */
+const sida_moe_driver *
+sida_resident_driver(sida_resident *resident, void *context,
+                     sida_status (*choose)(void *context, sida_moe_call *call),
+                     sida_status (*observe)(void *context, const sida_moe_call *call));
+
+/* --- a forward pass's memory: activations, key/value caches, workspaces */
+typedef struct sida_run_limits {
+    int32_t sequences;         /* a batch */
+    int64_t input_tokens;      /* a batch, all sequences together */
+    int64_t step_tokens;       /* of one decoder call, all sequences together */
+    int32_t decoder_positions; /* of one sequence */
+} sida_run_limits;
+
+/* Device bytes that a run of these limits takes. */
+size_t sida_run_bytes(const sida_model *model, const sida_run_limits *limits);
+
+typedef struct sida_run sida_run;
+sida_status sida_run_create(sida_run **out, sida_model *model, const sida_run_limits *limits);
+void sida_run_destroy(sida_run *run);
+sida_stream *sida_run_stream(sida_run *run);
+
+/* Runs the encoder and empties the decoder's caches. ARGUMENT beyond the limits, FORMAT for an id
+ * outside the vocabulary. */
+sida_status sida_run_encode(sida_run *run, const sida_ragged *input, const sida_moe_driver *driver);
+/* The encoder's output after its final norm, [tokens, d_model], to the host: for tests. */
+sida_status sida_run_read_encoder(sida_run *run, float *out);
+
+/* Appends tokens to each sequence of the last encode (0 … n each; one call with the whole target is
+ * teacher forcing, one token a call is cached decoding) and runs the decoder over them. Capacity
+ * counts within the call. */
+sida_status sida_run_decode(sida_run *run, const sida_ragged *step, const sida_moe_driver *driver);
+/* Logits of rows [first, first + rows) of the last decode, [rows, vocabulary], to the host. */
+sida_status sida_run_read_logits(sida_run *run, int64_t first, int64_t rows, float *out);
+
+/* --- greedy generation over the last encode */
+typedef struct sida_generate_options {
+    int32_t max_new_tokens; /* </s> counts; >= 1 */
+    void *context;
+    /* Before step t runs: the ids that go in (step.ids, one a live sequence). NULL: nothing. */
+    sida_status (*before_step)(void *context, int32_t t, const sida_ragged *step);
+    /* Every live sequence's raw logits [vocabulary], in the order step, sequence. NULL: nothing. */
+    sida_status (*on_logits)(void *context, int32_t t, int32_t sequence, const float *logits);
+} sida_generate_options;
+
+/* ids [sequences, max_new_tokens]: what each sequence answered, </s> included; counts [sequences].
+ * Ties go to the lower id. */
+sida_status sida_run_generate(sida_run *run, const sida_generate_options *options,
+                              const sida_moe_driver *driver, int32_t *ids, int32_t *counts);
+
+#endif

@@ -1,0 +1,196 @@
+#include "runtime/model/run_private.h"
+
+#include "formats/base/memory.h"
+
+#include <limits.h>
+#include <stdlib.h>
+
+enum {
+    ALIGNMENT = 256,
+    LOGITS_ROWS = 16, /* of one product with the head when many rows are read */
+    MAX_SEQUENCES = 1 << 20,
+    MAX_POSITIONS = 1 << 24
+};
+static const int64_t max_tokens = INT64_C(1) << 28;
+
+/* Hands out parts of one block; base NULL only counts. */
+typedef struct layout {
+    char *base;
+    size_t used, high;
+    bool overflow;
+} layout;
+
+static void *part(layout *at, int64_t count, size_t size) {
+    size_t bytes, end;
+    if (sida_mul_overflow((size_t)count, size, &bytes) ||
+        sida_add_overflow(bytes, ALIGNMENT - 1, &bytes) ||
+        sida_add_overflow(at->used, bytes / ALIGNMENT * ALIGNMENT, &end)) {
+        at->overflow = true;
+        return NULL;
+    }
+    void *start = at->base ? at->base + at->used : NULL;
+    at->used = end;
+    if (end > at->high) at->high = end;
+    return start;
+}
+
+static float *floats(layout *at, int64_t rows, int64_t width) {
+    int64_t count;
+    if (__builtin_mul_overflow(rows, width, &count)) {
+        at->overflow = true;
+        return NULL;
+    }
+    return part(at, count, sizeof(float));
+}
+
+static int64_t logits_rows_of(const sida_run_limits *limits) {
+    int64_t rows = limits->step_tokens < LOGITS_ROWS ? limits->step_tokens : LOGITS_ROWS;
+    return rows > limits->sequences ? rows : limits->sequences;
+}
+
+static int64_t most_tokens(const sida_run_limits *limits) {
+    return limits->input_tokens > limits->step_tokens ? limits->input_tokens : limits->step_tokens;
+}
+
+/* Returns the bytes in front of the ids. */
+static size_t lay_index(sida_run_index *out, layout *at, int64_t sequences, int64_t tokens) {
+    size_t begin = at->used;
+    out->q_start = part(at, sequences, sizeof(int64_t));
+    out->self_start = part(at, sequences, sizeof(int64_t));
+    out->cross_start = part(at, sequences, sizeof(int64_t));
+    out->q_count = part(at, sequences, sizeof(int32_t));
+    out->q_position = part(at, sequences, sizeof(int32_t));
+    out->self_count = part(at, sequences, sizeof(int32_t));
+    out->cross_count = part(at, sequences, sizeof(int32_t));
+    size_t bytes = at->used - begin;
+    out->ids = part(at, tokens, sizeof(int32_t));
+    return bytes;
+}
+
+static void lay_choice(sida_run_choice *out, layout *at, const sida_model_info *info,
+                       int64_t tokens) {
+    out->experts = part(at, tokens * info->top_k, sizeof(int32_t));
+    out->alpha = part(at, tokens * info->top_k, sizeof(float));
+    out->dropped = part(at, tokens, sizeof(uint8_t));
+    out->rows = part(at, tokens * info->top_k, sizeof(int32_t));
+    out->row_start = part(at, 2 * (int64_t)info->experts, sizeof(int64_t));
+    out->weights = part(at, info->experts, sizeof(void *));
+}
+
+static void lay_device(sida_run_device *out, layout *at, const sida_model *model,
+                       const sida_run_limits *limits) {
+    const sida_model_info *info = &model->config.info;
+    int64_t tokens = most_tokens(limits), d = info->d_model;
+    int64_t inner = (int64_t)info->heads * info->d_kv, layers = info->layers[SIDA_DECODER];
+    int64_t choices = tokens * info->top_k;
+    lay_index(&out->index, at, limits->sequences, tokens);
+    lay_choice(&out->choice, at, info, tokens);
+    out->h = floats(at, tokens, d);
+    out->x = floats(at, tokens, d);
+    out->encoder = floats(at, limits->input_tokens, d);
+    out->decoder = floats(at, limits->step_tokens, d);
+    out->cross_k = floats(at, layers * limits->input_tokens, inner);
+    out->cross_v = floats(at, layers * limits->input_tokens, inner);
+    out->self_k = floats(at, layers * limits->sequences * limits->decoder_positions, inner);
+    out->self_v = floats(at, layers * limits->sequences * limits->decoder_positions, inner);
+    out->logits = floats(at, logits_rows_of(limits), info->vocabulary);
+    /* Attention, dense feed-forward and MoE follow one another: they share what comes last. */
+    size_t shared = at->used;
+    out->q = floats(at, tokens, inner);
+    out->k = floats(at, tokens, inner);
+    out->v = floats(at, tokens, inner);
+    out->context = floats(at, tokens, inner);
+    at->used = shared;
+    out->hidden = floats(at, tokens, (int64_t)info->d_ff * (model->config.gated ? 2 : 1));
+    at->used = shared;
+    out->logits_router = floats(at, tokens, info->experts);
+    out->scratch = floats(at, choices, d);
+    out->expert_workspace =
+        floats(at, 1, (int64_t)sida_expert_workspace_floats(&info->expert, choices));
+    at->used = at->high;
+}
+
+static size_t lay_host(sida_run_host *out, layout *at, const sida_model *model,
+                       const sida_run_limits *limits) {
+    const sida_model_info *info = &model->config.info;
+    int64_t tokens = most_tokens(limits), sequences = limits->sequences;
+    size_t bytes = lay_index(&out->index, at, sequences, tokens);
+    lay_choice(&out->choice, at, info, tokens);
+    out->logits_router = floats(at, tokens, info->experts);
+    out->offsets = part(at, sequences + 1, sizeof(int64_t));
+    out->zeros = part(at, sequences, sizeof(int32_t));
+    out->position = part(at, sequences, sizeof(int32_t));
+    out->needed = part(at, info->experts, sizeof(int32_t));
+    out->counts = part(at, info->experts, sizeof(int32_t));
+    out->expert_start = part(at, (int64_t)info->experts + 1, sizeof(int64_t));
+    out->by_expert = part(at, tokens * info->top_k, sizeof(int32_t));
+    out->wave = part(at, info->experts, sizeof(int32_t));
+    out->logits = floats(at, logits_rows_of(limits), info->vocabulary);
+    out->step_offsets = part(at, sequences + 1, sizeof(int64_t));
+    out->step_ids = part(at, sequences, sizeof(int32_t));
+    out->live = part(at, sequences, sizeof(uint8_t));
+    return bytes;
+}
+
+static bool limits_are_sane(const sida_run_limits *limits) {
+    return limits->sequences >= 1 && limits->sequences <= MAX_SEQUENCES &&
+           limits->input_tokens >= 1 && limits->input_tokens <= max_tokens &&
+           limits->step_tokens >= 1 && limits->step_tokens <= max_tokens &&
+           limits->decoder_positions >= 1 && limits->decoder_positions <= MAX_POSITIONS;
+}
+
+size_t sida_run_bytes(const sida_model *model, const sida_run_limits *limits) {
+    sida_run_device device;
+    layout at = {0};
+    if (!limits_are_sane(limits)) return SIZE_MAX;
+    lay_device(&device, &at, model, limits);
+    return at.overflow ? SIZE_MAX : at.high;
+}
+
+sida_status sida_run_create(sida_run **out, sida_model *model, const sida_run_limits *limits) {
+    sida_status status = SIDA_OK;
+    sida_run *run = NULL;
+    layout at = {0};
+    *out = NULL;
+    if (!limits_are_sane(limits))
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT,
+                  "a run of %d sequences, %lld and %lld tokens and %d decoder positions",
+                  limits->sequences, (long long)limits->input_tokens,
+                  (long long)limits->step_tokens, limits->decoder_positions);
+    size_t bytes = sida_run_bytes(model, limits);
+    SIDA_TRY(SIDA_ALLOC(&run, 1, "a run"));
+    run->model = model;
+    run->ops = model->ops;
+    run->limits = *limits;
+    run->logits_rows = logits_rows_of(limits);
+    SIDA_TRY(sida_buffer_create(model->backend, &run->device_buffer, SIDA_MEMORY_DEVICE, bytes,
+                                "activations and caches"));
+    at.base = run->device_buffer->data;
+    lay_device(&run->device, &at, model, limits);
+    at = (layout){0};
+    lay_host(&run->host, &at, model, limits);
+    if (at.overflow) SIDA_FAIL(SIDA_ERROR_MEMORY, "a run larger than memory can be");
+    SIDA_TRY(sida_buffer_create(model->backend, &run->host_buffer, SIDA_MEMORY_HOST, at.high,
+                                "a run's host arrays"));
+    at = (layout){.base = run->host_buffer->data};
+    run->index_ids_bytes = lay_host(&run->host, &at, model, limits);
+    for (int32_t s = 0; s < limits->sequences; s++) run->host.zeros[s] = 0;
+    SIDA_TRY(sida_stream_create(model->backend, &run->stream, SIDA_STREAM_COMPUTE));
+    *out = run;
+    run = NULL;
+out:
+    sida_run_destroy(run);
+    return status;
+}
+
+void sida_run_destroy(sida_run *run) {
+    if (!run) return;
+    sida_stream_destroy(run->stream);
+    sida_buffer_destroy(run->device_buffer);
+    sida_buffer_destroy(run->host_buffer);
+    free(run);
+}
+
+sida_stream *sida_run_stream(sida_run *run) {
+    return run->stream;
+}
