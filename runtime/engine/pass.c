@@ -1,0 +1,419 @@
+#include "runtime/engine/pass.h"
+
+#include "formats/base/clock.h"
+#include "formats/base/memory.h"
+#include "formats/base/queue.h"
+
+#include <assert.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* A batch on its way, with its tables. Recycled: nothing is allocated once all have been used. */
+typedef struct item {
+    sida_batch *batch;
+    int64_t number; /* within the pass */
+    sida_hash_state *state;
+    sida_hash_table tables[2]; /* the decoder's: of its next step */
+} item;
+
+/* Distinct experts of a table's layer; each thread that announces has one. */
+typedef struct collector {
+    int32_t *list;  /* [experts] */
+    uint8_t *taken; /* [experts] */
+} collector;
+
+typedef struct pass {
+    const sida_pass_options *options;
+    const sida_model_info *info;
+    sida_pass_stats *stats;
+    sida_store *store;
+    sida_queue *ready, *spare; /* of item */
+    item *items;               /* [item_count] */
+    int32_t item_count;
+    int32_t k; /* of the tables */
+    /* The hash thread's. */
+    collector ahead;
+    int64_t *first_offsets; /* the decoder's first step: one token a sequence */
+    int32_t *first_ids;
+    size_t first_offsets_capacity, first_ids_capacity;
+    double hash_wait_seconds;
+    /* The inference thread's. */
+    collector here;
+    item *current;
+    int64_t call; /* 0: the encoder, 1 + t: decoder step t */
+    sida_router_sets sets;
+    sida_hasher **hashers; /* [hashers_count] one a sequence of the batch */
+    size_t hashers_capacity, hashers_count;
+    sida_hasher *digest;
+    int32_t *ids, *counts, *global;
+    size_t ids_capacity, counts_capacity;
+    double queue_wait_seconds;
+} pass;
+
+static void pause_here(const pass *p) {
+    if (p->options->pause) p->options->pause(p->options->pause_context);
+}
+
+/* Positions grow in the order of use: batch, forward call, site. */
+static int64_t position_of(int64_t batch, int64_t call, int32_t site) {
+    return batch << 40 | call << 16 | site;
+}
+
+/* --- hash tables */
+
+/* Tells the store which distinct experts a table's tokens will use, best predictions first. */
+static sida_status announce(pass *p, collector *c, const item *it, int64_t call, int side) {
+    const sida_hash_table *table = &it->tables[side];
+    int32_t experts = p->info->experts;
+    sida_status status = SIDA_OK;
+    pause_here(p);
+    for (int32_t layer = 0; layer < table->layers; layer++) {
+        int32_t site = layer + (side == SIDA_DECODER ? p->info->moe_layers[SIDA_ENCODER] : 0);
+        int32_t count = 0;
+        memset(c->taken, 0, (size_t)experts);
+        for (int32_t r = 0; r < table->k; r++)
+            for (int64_t i = 0; i < table->tokens; i++) {
+                int32_t e = table->experts[(i * table->layers + layer) * table->k + r];
+                assert(e < experts);
+                if (c->taken[e]) continue;
+                c->taken[e] = 1;
+                c->list[count++] = site * experts + e;
+            }
+        SIDA_TRY(
+            sida_store_announce(p->store, position_of(it->number, call, site), c->list, count));
+    }
+out:
+    return status;
+}
+
+/* Tables of the encoder and of the decoder's first step. */
+static sida_status build_tables(pass *p, item *it) {
+    const sida_hash_source *source = p->options->source;
+    const sida_ragged *input = &it->batch->input;
+    int32_t sequences = input->sequences;
+    sida_status status = SIDA_OK;
+    if (!source) goto out;
+    if (!it->state) SIDA_TRY(sida_hash_state_create(source, &it->state));
+    SIDA_TRY(sida_hash_encode(source, it->state, input, p->k, &it->tables[SIDA_ENCODER]));
+    SIDA_TRY(announce(p, &p->ahead, it, 0, SIDA_ENCODER));
+    SIDA_TRY(SIDA_GROW(&p->first_offsets, &p->first_offsets_capacity, sequences + 1, "a step"));
+    SIDA_TRY(SIDA_GROW(&p->first_ids, &p->first_ids_capacity, sequences, "a step"));
+    for (int32_t s = 0; s < sequences; s++) {
+        p->first_offsets[s + 1] = s + 1;
+        p->first_ids[s] = p->info->decoder_start;
+    }
+    const sida_ragged first = {sequences, p->first_offsets, p->first_ids};
+    SIDA_TRY(sida_hash_decode(source, it->state, &first, p->k, &it->tables[SIDA_DECODER]));
+    SIDA_TRY(announce(p, &p->ahead, it, 1, SIDA_DECODER));
+out:
+    return status;
+}
+
+static sida_status build_ahead(pass *p) {
+    sida_status status = SIDA_OK;
+    for (int64_t number = 0;; number++) {
+        void *spare;
+        SIDA_TRY(sida_queue_pop(p->spare, &spare, &p->hash_wait_seconds));
+        item *it = spare;
+        assert(it); /* `spare` closes with an error only */
+        SIDA_TRY(p->options->next(p->options->next_context, &it->batch));
+        if (!it->batch) break;
+        it->number = number;
+        SIDA_TRY(build_tables(p, it));
+        pause_here(p);
+        SIDA_TRY(sida_queue_push(p->ready, it, &p->hash_wait_seconds));
+    }
+out:
+    return status;
+}
+
+/* Ends both sides with one reason. */
+static void stop(pass *p, sida_status reason) {
+    sida_queue_close(p->ready, reason);
+    sida_queue_close(p->spare, reason);
+    sida_store_cancel(p->store, reason);
+}
+
+static void *hash_thread(void *argument) {
+    pass *p = argument;
+#ifdef _OPENMP
+    omp_set_num_threads(1); /* this thread's; the cores are the inference thread's */
+#endif
+    sida_status status = build_ahead(p);
+    if (status != SIDA_OK)
+        stop(p, status);
+    else
+        sida_queue_close(p->ready, SIDA_OK);
+    return NULL;
+}
+
+/* --- the driver: model and store meet here */
+
+static sida_status driver_choose(void *context, sida_moe_call *call) {
+    pass *p = context;
+    if (p->options->routing == SIDA_ROUTING_GUIDED)
+        return sida_routing_guided(&p->sets, call, p->info->renormalise);
+    sida_routing_predicted(&p->current->tables[call->side], call, p->info->renormalise);
+    return SIDA_OK;
+}
+
+static sida_status driver_begin(void *context, const sida_moe_call *call, const int32_t *needed,
+                                int32_t count) {
+    pass *p = context;
+    pause_here(p);
+    for (int32_t i = 0; i < count; i++) p->global[i] = call->site * p->info->experts + needed[i];
+    return sida_store_begin(p->store, position_of(p->current->number, p->call, call->site),
+                            p->global, count);
+}
+
+static sida_status driver_take(void *context, int32_t *experts, const void **weights,
+                               int32_t *count) {
+    pass *p = context;
+    sida_status status = sida_store_take(p->store, experts, weights, count);
+    /* Remembered for the release; the model speaks of the layer's own numbers. */
+    for (int32_t i = 0; i < *count; i++) {
+        p->global[i] = experts[i];
+        experts[i] %= p->info->experts;
+    }
+    return status;
+}
+
+static sida_status driver_release(void *context, const int32_t *experts, int32_t count,
+                                  sida_stream *stream) {
+    pass *p = context;
+    (void)experts;
+    sida_status status = sida_store_release(p->store, p->global, count, stream);
+    pause_here(p);
+    return status;
+}
+
+/* The decoder's step t: its table was built ahead for t = 0, and can be built now for the rest. */
+static sida_status before_step(void *context, int32_t t, const sida_ragged *step) {
+    pass *p = context;
+    item *it = p->current;
+    sida_status status = SIDA_OK;
+    p->call = 1 + t;
+    if (!p->options->source) goto out;
+    if (t > 0) {
+        SIDA_TRY(
+            sida_hash_decode(p->options->source, it->state, step, p->k, &it->tables[SIDA_DECODER]));
+        SIDA_TRY(announce(p, &p->here, it, p->call, SIDA_DECODER));
+    }
+    if (p->options->routing == SIDA_ROUTING_GUIDED)
+        sida_router_sets_add(&p->sets, &it->tables[SIDA_DECODER], step->offsets);
+out:
+    return status;
+}
+
+static sida_status on_logits(void *context, int32_t t, int32_t sequence, const float *logits) {
+    pass *p = context;
+    (void)t;
+    sida_hasher_update(p->hashers[sequence], logits, (size_t)p->info->vocabulary * sizeof *logits);
+    return SIDA_OK;
+}
+
+/* --- the inference thread */
+
+static sida_status prepare_hashers(pass *p, int32_t sequences) {
+    sida_status status = SIDA_OK;
+    SIDA_TRY(SIDA_GROW(&p->hashers, &p->hashers_capacity, sequences, "hashers"));
+    for (; p->hashers_count < (size_t)sequences; p->hashers_count++)
+        SIDA_TRY(sida_hasher_create(&p->hashers[p->hashers_count]));
+    for (int32_t s = 0; s < sequences; s++) sida_hasher_reset(p->hashers[s]);
+out:
+    return status;
+}
+
+static sida_status count_batch(pass *p, double latency_ms) {
+    sida_pass_stats *stats = p->stats;
+    const sida_ragged *input = &p->current->batch->input;
+    sida_status status = SIDA_OK;
+    SIDA_TRY(SIDA_GROW(&stats->latencies_ms, &stats->latencies_capacity, stats->batches + 1,
+                       "latencies"));
+    stats->latencies_ms[stats->batches++] = latency_ms;
+    stats->sequences += input->sequences;
+    stats->input_tokens += sida_ragged_tokens(input);
+    for (int32_t s = 0; s < input->sequences; s++) stats->generated_tokens += p->counts[s];
+    for (int32_t s = 0; p->options->digest && s < input->sequences; s++) {
+        sida_fingerprint one = sida_hasher_finish(p->hashers[s]);
+        sida_hasher_update(p->digest, &one, sizeof one);
+    }
+out:
+    return status;
+}
+
+static sida_status run_batch(pass *p, const sida_moe_driver *driver) {
+    const sida_pass_options *o = p->options;
+    item *it = p->current;
+    const sida_ragged *input = &it->batch->input;
+    size_t sequences = (size_t)input->sequences;
+    double begin = sida_clock_seconds();
+    sida_status status = SIDA_OK;
+    SIDA_TRY(SIDA_GROW(&p->ids, &p->ids_capacity, sequences * (size_t)o->max_new_tokens,
+                       "generated ids"));
+    SIDA_TRY(SIDA_GROW(&p->counts, &p->counts_capacity, sequences, "generated ids"));
+    if (o->digest) SIDA_TRY(prepare_hashers(p, input->sequences));
+    if (o->routing == SIDA_ROUTING_GUIDED) {
+        SIDA_TRY(sida_router_sets_begin(&p->sets, p->info, input->sequences));
+        sida_router_sets_add(&p->sets, &it->tables[SIDA_ENCODER], input->offsets);
+    }
+    p->call = 0;
+    SIDA_TRY(sida_run_encode(o->run, input, driver));
+    const sida_generate_options generate = {.max_new_tokens = o->max_new_tokens,
+                                            .context = p,
+                                            .before_step = before_step,
+                                            .on_logits = o->digest ? on_logits : NULL};
+    SIDA_TRY(sida_run_generate(o->run, &generate, driver, p->ids, p->counts));
+    if (o->routing == SIDA_ROUTING_GUIDED) sida_router_sets_end(&p->sets);
+    double latency_ms = (sida_clock_seconds() - begin) * 1e3;
+    SIDA_TRY(count_batch(p, latency_ms));
+    if (o->on_batch)
+        SIDA_TRY(o->on_batch(o->on_batch_context, &(sida_pass_batch){.batch = it->batch,
+                                                                     .ids = p->ids,
+                                                                     .stride = o->max_new_tokens,
+                                                                     .counts = p->counts,
+                                                                     .latency_ms = latency_ms}));
+out:
+    return status;
+}
+
+static sida_status run_batches(pass *p) {
+    const sida_moe_driver driver = {
+        .context = p,
+        .choose = p->options->routing == SIDA_ROUTING_EXACT ? NULL : driver_choose,
+        .begin = driver_begin,
+        .take = driver_take,
+        .release = driver_release,
+    };
+    sida_status status = SIDA_OK;
+    for (;;) {
+        void *next;
+        SIDA_TRY(sida_queue_pop(p->ready, &next, &p->queue_wait_seconds));
+        if (!next) break;
+        p->current = next;
+        pause_here(p);
+        SIDA_TRY(run_batch(p, &driver));
+        sida_batch_destroy(p->current->batch);
+        p->current->batch = NULL;
+        SIDA_TRY(sida_queue_push(p->spare, p->current, NULL));
+    }
+out:
+    return status;
+}
+
+static const void *expert_source(void *context, int32_t expert) {
+    return sida_model_expert(context, expert);
+}
+
+static sida_status open_pass(pass *p) {
+    const sida_pass_options *o = p->options;
+    const sida_model_info *info = p->info;
+    sida_status status = SIDA_OK;
+    /* One being filled, one being run, the rest in the queue. */
+    p->item_count = o->queue + 2;
+    SIDA_TRY(SIDA_ALLOC(&p->items, p->item_count, "the hash queue"));
+    SIDA_TRY(sida_queue_create(&p->ready, (size_t)o->queue));
+    SIDA_TRY(sida_queue_create(&p->spare, (size_t)p->item_count));
+    for (int32_t i = 0; i < p->item_count; i++)
+        SIDA_TRY(sida_queue_push(p->spare, &p->items[i], NULL));
+    SIDA_TRY(SIDA_ALLOC(&p->ahead.list, info->experts, "a plan"));
+    SIDA_TRY(SIDA_ALLOC(&p->ahead.taken, info->experts, "a plan"));
+    SIDA_TRY(SIDA_ALLOC(&p->here.list, info->experts, "a plan"));
+    SIDA_TRY(SIDA_ALLOC(&p->here.taken, info->experts, "a plan"));
+    SIDA_TRY(SIDA_ALLOC(&p->global, info->experts, "a wave"));
+    SIDA_TRY(sida_hasher_create(&p->digest));
+    SIDA_TRY(sida_store_create(&p->store, sida_model_backend(o->model),
+                               &(sida_store_options){
+                                   .slots = o->slots,
+                                   .experts = info->sites * info->experts,
+                                   .expert_bytes = info->expert_bytes,
+                                   .source = expert_source,
+                                   .source_context = o->model,
+                                   .policy = o->policy,
+                                   .prefetch = o->prefetch,
+                                   .poison = o->poison,
+                                   .before_load = o->pause,
+                                   .before_load_context = o->pause_context,
+                               }));
+out:
+    return status;
+}
+
+static void close_pass(pass *p) {
+    for (int32_t i = 0; p->items && i < p->item_count; i++) {
+        item *it = &p->items[i];
+        if (it->batch) sida_batch_destroy(it->batch);
+        if (it->state) sida_hash_state_destroy(p->options->source, it->state);
+        sida_hash_table_free(&it->tables[0]);
+        sida_hash_table_free(&it->tables[1]);
+    }
+    free(p->items);
+    sida_store_destroy(p->store);
+    sida_queue_destroy(p->ready);
+    sida_queue_destroy(p->spare);
+    free(p->ahead.list);
+    free(p->ahead.taken);
+    free(p->here.list);
+    free(p->here.taken);
+    free(p->first_offsets);
+    free(p->first_ids);
+    sida_router_sets_free(&p->sets);
+    for (size_t i = 0; i < p->hashers_count; i++) sida_hasher_destroy(p->hashers[i]);
+    free(p->hashers);
+    sida_hasher_destroy(p->digest);
+    free(p->ids);
+    free(p->counts);
+    free(p->global);
+}
+
+/* After both threads have ended. */
+static void fill_stats(pass *p, double begin) {
+    sida_pass_stats *stats = p->stats;
+    stats->seconds = sida_clock_seconds() - begin;
+    sida_store_get_stats(p->store, &stats->store);
+    stats->inference_wait_seconds = p->queue_wait_seconds + stats->store.wait_seconds;
+    stats->hash_wait_seconds = p->hash_wait_seconds;
+    for (int side = 0; side < 2; side++)
+        if (p->sets.share_count[side] > 0)
+            stats->allowed_share[side] =
+                p->sets.share_sum[side] / (double)p->sets.share_count[side];
+    if (p->options->digest) stats->digest = sida_hasher_finish(p->digest);
+}
+
+sida_status sida_pass_run(sida_pass_stats *out, const sida_pass_options *options) {
+    *out = (sida_pass_stats){0};
+    const sida_model_info *info = sida_model_get_info(options->model);
+    assert(options->source || options->routing == SIDA_ROUTING_EXACT);
+    assert(!options->source || (options->top_k >= info->top_k && options->top_k <= info->experts));
+    assert(options->queue >= 1 && options->max_new_tokens >= 1);
+    pass p = {.options = options, .info = info, .stats = out};
+    /* The hash table replaces the router: what lies behind the model's own k is never used. */
+    p.k = options->routing == SIDA_ROUTING_PREDICTED ? info->top_k : options->top_k;
+    pthread_t thread;
+    bool started = false;
+    sida_status status = SIDA_OK;
+    double begin = sida_clock_seconds();
+    SIDA_TRY(open_pass(&p));
+    begin = sida_clock_seconds();
+    if (pthread_create(&thread, NULL, hash_thread, &p))
+        SIDA_FAIL(SIDA_ERROR_MEMORY, "cannot start the hash-building thread");
+    started = true;
+    SIDA_TRY(run_batches(&p));
+out:
+    if (started) {
+        if (status != SIDA_OK) stop(&p, status);
+        pthread_join(thread, NULL);
+        fill_stats(&p, begin);
+    }
+    close_pass(&p);
+    return status;
+}
+
+void sida_pass_stats_free(sida_pass_stats *stats) {
+    free(stats->latencies_ms);
+    *stats = (sida_pass_stats){0};
+}

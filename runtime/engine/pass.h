@@ -1,0 +1,64 @@
+/* One pass over a sequence of batches under a budget: a thread that builds hash tables ahead, a
+ * bounded queue, the calling thread that runs the model, and the expert store between them. */
+#ifndef SIDA_RUNTIME_ENGINE_PASS_H
+#define SIDA_RUNTIME_ENGINE_PASS_H
+
+#include "data/batch.h"
+#include "runtime/engine/routing.h"
+#include "runtime/store/store.h"
+
+typedef struct sida_pass_batch {
+    const sida_batch *batch;
+    const int32_t *ids; /* [sequences, stride] generated, </s> included */
+    int32_t stride;
+    const int32_t *counts; /* [sequences] */
+    double latency_ms;     /* from taking the batch off the queue to its last token */
+} sida_pass_batch;
+
+typedef struct sida_pass_options {
+    sida_model *model;
+    sida_run *run;                  /* its limits must fit the batches */
+    const sida_hash_source *source; /* NULL: no predictions (exact only) */
+    sida_routing routing;
+    int32_t top_k; /* experts predicted a token and layer, model's k … E */
+    int32_t slots; /* >= 2 */
+    int32_t queue; /* hash tables built ahead, >= 1 batches */
+    bool prefetch; /* false: predictions tell the policy what comes, nothing is loaded early */
+    bool digest;   /* hash all raw logits */
+    const sida_policy *policy;
+    int32_t max_new_tokens;
+    /* The next batch (owned by the pass from then on), NULL at the end. Called on the hash thread.
+     */
+    sida_status (*next)(void *context, sida_batch **out);
+    void *next_context;
+    /* Sees every batch's answers in order, on the calling thread; an error ends the pass. NULL:
+     * nobody looks. */
+    sida_status (*on_batch)(void *context, const sida_pass_batch *batch);
+    void *on_batch_context;
+    /* Tests: NaN in slots that hold no expert, and a function that every thread calls at its
+     * turning points, to delay it. */
+    bool poison;
+    void (*pause)(void *context);
+    void *pause_context;
+} sida_pass_options;
+
+typedef struct sida_pass_stats {
+    sida_store_stats store;
+    int64_t batches, sequences, input_tokens, generated_tokens;
+    double seconds;
+    double inference_wait_seconds; /* for hash tables and for experts */
+    double hash_wait_seconds;      /* for room in the queue */
+    double *latencies_ms;          /* [batches], owned */
+    size_t latencies_capacity;
+    double allowed_share[2]; /* guided: mean |A| / E of a side's (layer, sequence) at the end */
+    /* Of every sequence's logits of all its steps, in the order of the input: one digest a
+     * sequence, and this one over them. So it depends on no batching either. */
+    sida_fingerprint digest;
+} sida_pass_stats;
+
+/* Runs until the end of the batches. On an error both threads have ended; stats hold what was
+ * counted. */
+sida_status sida_pass_run(sida_pass_stats *out, const sida_pass_options *options);
+void sida_pass_stats_free(sida_pass_stats *stats);
+
+#endif

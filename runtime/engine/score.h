@@ -1,0 +1,27 @@
+/* Task scores from answers, and percentiles from times. */
+#ifndef SIDA_RUNTIME_ENGINE_SCORE_H
+#define SIDA_RUNTIME_ENGINE_SCORE_H
+
+#include "data/corpus.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct sida_score {
+    sida_score_kind kind;
+    const char *positive; /* F1: the text of label 1; borrowed */
+    int64_t total, correct;
+    int64_t true_positive, false_positive, false_negative;
+} sida_score;
+
+sida_score sida_score_begin(sida_corpus_format format);
+/* One answer beside its target; a NULL target (unlabelled) does not count. */
+void sida_score_add(sida_score *score, const char *answer, const char *target);
+/* In [0, 1]: the share of equal answers, or F1 (0 without any positive). NAN when nothing was
+ * counted or the format has no score. */
+double sida_score_value(const sida_score *score);
+
+/* The p-th percentile (0 … 100) by nearest rank; sorts `values`; 0 of nothing. */
+double sida_percentile(double *values, size_t count, double p);
+
+#endif

@@ -1,0 +1,2 @@
+sida_test(store_policy_test SOURCES store_policy_test.c DEPENDS sida_store LABELS unit)
+sida_test(store_test SOURCES store_test.c DEPENDS sida_store LABELS unit threads)

@@ -1,0 +1,395 @@
+/* The store alone: what a wave may hold, what loads are counted, and that it always moves on. */
+#include "formats/base/rng.h"
+#include "runtime/store/store.h"
+
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+enum { max_experts = 24, words = 33 };
+
+/* Host experts: `words` floats that name the expert. */
+typedef struct rig {
+    sida_backend *backend;
+    sida_stream *compute;
+    sida_store *store;
+    float experts[max_experts][words];
+    atomic_uint delay_seed;                 /* 0: no delays */
+    atomic_bool gate_closed, copies_closed; /* hold the loader, the copy thread */
+} rig;
+
+static void assert_ok(sida_status status) {
+    if (status != SIDA_OK) fail_msg("%s: %s", sida_status_name(status), sida_last_message());
+}
+
+static const void *source(void *context, int32_t expert) {
+    return ((rig *)context)->experts[expert];
+}
+
+static void delay(void *context) {
+    rig *r = context;
+    while (r->gate_closed) usleep(50);
+    unsigned seed = r->delay_seed;
+    if (!seed) return;
+    sida_rng rng = sida_rng_seed(seed);
+    r->delay_seed = (unsigned)sida_rng_u64(&rng) | 1;
+    uint32_t choice = sida_rng_below(&rng, 8);
+    if (choice == 0) usleep(sida_rng_below(&rng, 200));
+    if (choice < 3) sched_yield();
+}
+
+static void delay_copy(void *context, size_t bytes) {
+    (void)bytes;
+    while (((rig *)context)->copies_closed) usleep(50);
+    delay(context);
+}
+
+static void rig_open(rig *r, int32_t slots, int32_t experts, const char *policy, bool prefetch,
+                     int64_t fail_copy) {
+    for (int32_t e = 0; e < max_experts; e++)
+        for (int32_t i = 0; i < words; i++) r->experts[e][i] = (float)(e * 1000 + i);
+    sida_cpu_options cpu = {.poison = true,
+                            .before_copy = delay_copy,
+                            .before_copy_context = r,
+                            .fail_copy = fail_copy};
+    assert_ok(sida_backend_create_cpu(&r->backend, &cpu));
+    assert_ok(sida_stream_create(r->backend, &r->compute, SIDA_STREAM_COMPUTE));
+    sida_store_options options = {.slots = slots,
+                                  .experts = experts,
+                                  .expert_bytes = sizeof *r->experts,
+                                  .source = source,
+                                  .source_context = r,
+                                  .policy = sida_policy_find(policy),
+                                  .prefetch = prefetch,
+                                  .poison = true,
+                                  .before_load = delay,
+                                  .before_load_context = r};
+    assert_ok(sida_store_create(&r->store, r->backend, &options));
+}
+
+static void rig_close(rig *r) {
+    sida_store_destroy(r->store);
+    sida_stream_destroy(r->compute);
+    sida_backend_destroy(r->backend);
+}
+
+/* Runs one layer, checks every byte of every wave; the number of waves. */
+static sida_status run_layer(rig *r, int64_t position, const int32_t *needed, int32_t count,
+                             int32_t slots, int32_t *waves) {
+    bool seen[max_experts] = {false};
+    int32_t left = count;
+    *waves = 0;
+    sida_status status = sida_store_begin(r->store, position, needed, count);
+    while (status == SIDA_OK && left > 0) {
+        int32_t experts[max_experts], n;
+        const void *weights[max_experts];
+        status = sida_store_take(r->store, experts, weights, &n);
+        if (status != SIDA_OK) break;
+        ++*waves;
+        assert_true(n >= 1 && n <= left && n <= slots);
+        left -= n;
+        delay(r);
+        for (int32_t i = 0; i < n; i++) {
+            bool wanted = false;
+            for (int32_t j = 0; j < count; j++) wanted |= needed[j] == experts[i];
+            assert_true(wanted && !seen[experts[i]]);
+            seen[experts[i]] = true;
+            /* On the device, not the host slab on the side. */
+            assert_ptr_not_equal(weights[i], r->experts[experts[i]]);
+            assert_memory_equal(weights[i], r->experts[experts[i]], sizeof *r->experts);
+        }
+        status = sida_store_release(r->store, experts, n, r->compute);
+    }
+    return status;
+}
+
+static void wait_resident(rig *r, int32_t resident) {
+    sida_store_stats stats;
+    do {
+        usleep(100);
+        sida_store_get_stats(r->store, &stats);
+    } while (stats.resident < resident);
+}
+
+/* Two slots, five experts: at least three waves; everything is loaded exactly once a need. */
+static void test_two_slots(void **state) {
+    (void)state;
+    rig r = {0};
+    rig_open(&r, 2, 8, "lookahead", true, 0);
+    const int32_t needed[] = {0, 2, 3, 5, 7};
+    int32_t waves;
+    assert_ok(run_layer(&r, 1, needed, 5, 2, &waves));
+    assert_true(waves >= 3);
+    sida_store_stats stats;
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.demand_loads, 5);
+    assert_int_equal(stats.hits, 0);
+    assert_int_equal(stats.bytes_moved, 5 * (int64_t)sizeof *r.experts);
+    assert_int_equal(stats.bytes_wasted, 0);
+    assert_int_equal(stats.peak_resident, 2);
+    /* Again: at most two of five can still be there. */
+    assert_ok(run_layer(&r, 2, needed, 5, 2, &waves));
+    sida_store_get_stats(r.store, &stats);
+    assert_true(stats.demand_loads >= 8);
+    assert_int_equal(stats.hits + stats.demand_loads, 10);
+    /* The arena is all that the device holds. */
+    sida_memory_usage usage;
+    sida_backend_memory(r.backend, &usage);
+    assert_int_equal(usage.peak_bytes, 2 * sida_store_slot_bytes(sizeof *r.experts));
+    /* A layer without needs passes. */
+    assert_ok(run_layer(&r, 3, NULL, 0, 2, &waves));
+    assert_int_equal(waves, 0);
+    rig_close(&r);
+}
+
+static void test_prefetch(void **state) {
+    (void)state;
+    rig r = {0};
+    sida_store_stats stats;
+    int32_t waves;
+    rig_open(&r, 3, 8, "lookahead", true, 0);
+    assert_ok(sida_store_announce(r.store, 10, (int32_t[]){1, 2}, 2));
+    assert_ok(sida_store_announce(r.store, 20, (int32_t[]){3, 4}, 2));
+    /* 1, 2 and 3 fill the slots; 4 is needed behind all of them and waits. */
+    wait_resident(&r, 3);
+    usleep(2000);
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.prefetch_loads, 3);
+    assert_int_equal(stats.bytes_wasted, 3 * (int64_t)sizeof *r.experts);
+    assert_ok(run_layer(&r, 10, (int32_t[]){1, 2}, 2, 3, &waves));
+    do {
+        usleep(100);
+        sida_store_get_stats(r.store, &stats);
+    } while (stats.prefetch_loads < 4); /* 1 and 2 are done with: 4 comes by itself */
+    wait_resident(&r, 3);
+    assert_int_equal(stats.hits, 2);
+    /* 4 was predicted wrongly, 6 not at all. */
+    assert_ok(run_layer(&r, 20, (int32_t[]){3, 6}, 2, 3, &waves));
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.hits, 3);
+    assert_int_equal(stats.demand_loads, 1);
+    assert_int_equal(stats.late_prefetches, 0);
+    assert_int_equal(stats.dropped_prefetches, 0);
+    assert_int_equal(stats.bytes_moved, 5 * (int64_t)sizeof *r.experts);
+    assert_int_equal(stats.bytes_wasted, (int64_t)sizeof *r.experts); /* 4 */
+    rig_close(&r);
+}
+
+/* A layer that begins while its prefetch is under way waits for it and loads nothing twice; a
+ * prefetch whose time has passed is dropped. */
+static void test_late_and_dropped(void **state) {
+    (void)state;
+    rig r = {0};
+    sida_store_stats stats;
+    rig_open(&r, 2, 8, "lookahead", true, 0);
+    r.gate_closed = true;
+    assert_ok(sida_store_announce(r.store, 5, (int32_t[]){1, 2, 3}, 3));
+    do {
+        usleep(100);
+        sida_store_get_stats(r.store, &stats);
+    } while (stats.prefetch_loads < 1);
+    assert_ok(sida_store_begin(r.store, 5, (int32_t[]){1}, 1));
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.late_prefetches, 1);
+    assert_true(stats.dropped_prefetches >= 1);
+    assert_int_equal(stats.dropped_prefetches + stats.prefetch_loads, 3);
+    r.gate_closed = false;
+    int32_t expert, n;
+    const void *weights;
+    assert_ok(sida_store_take(r.store, &expert, &weights, &n));
+    assert_int_equal(n, 1);
+    assert_int_equal(expert, 1);
+    assert_ok(sida_store_release(r.store, &expert, 1, r.compute));
+    /* What lies behind the running layer is not planned any more. */
+    int64_t before = stats.prefetch_loads;
+    assert_ok(sida_store_announce(r.store, 4, (int32_t[]){6, 7}, 2));
+    usleep(2000);
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.prefetch_loads, before);
+    rig_close(&r);
+}
+
+/* While one copy is under way the next is issued already, and no third. */
+static void test_two_in_flight(void **state) {
+    (void)state;
+    rig r = {0};
+    sida_store_stats stats;
+    rig_open(&r, 4, 8, "lookahead", true, 0);
+    r.copies_closed = true;
+    assert_ok(sida_store_announce(r.store, 5, (int32_t[]){1, 2, 3}, 3));
+    do {
+        usleep(100);
+        sida_store_get_stats(r.store, &stats);
+    } while (stats.prefetch_loads < 2);
+    usleep(2000);
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.prefetch_loads, 2);
+    assert_int_equal(stats.resident, 0);
+    r.copies_closed = false;
+    wait_resident(&r, 3);
+    rig_close(&r);
+}
+
+static void test_no_prefetch(void **state) {
+    (void)state;
+    rig r = {0};
+    int32_t waves;
+    rig_open(&r, 4, 8, "lookahead", false, 0);
+    /* Plans still tell the policy: 0 and 1 come again, so 2 and 3 give way. */
+    assert_ok(sida_store_announce(r.store, 3, (int32_t[]){0, 1}, 2));
+    assert_ok(run_layer(&r, 1, (int32_t[]){0, 1, 2, 3}, 4, 4, &waves));
+    assert_ok(run_layer(&r, 2, (int32_t[]){4, 5}, 2, 4, &waves));
+    assert_ok(run_layer(&r, 3, (int32_t[]){0, 1}, 2, 4, &waves));
+    sida_store_stats stats;
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.prefetch_loads, 0);
+    assert_int_equal(stats.demand_loads, 6);
+    assert_int_equal(stats.hits, 2);
+    rig_close(&r);
+    /* fifo throws them out. */
+    r = (rig){0};
+    rig_open(&r, 4, 8, "fifo", false, 0);
+    for (int32_t e = 0; e < 4; e++) assert_ok(run_layer(&r, e, &e, 1, 4, &waves));
+    assert_ok(run_layer(&r, 5, (int32_t[]){4, 5}, 2, 4, &waves));
+    assert_ok(run_layer(&r, 6, (int32_t[]){0, 1}, 2, 4, &waves));
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.demand_loads, 8);
+    rig_close(&r);
+}
+
+static void *cancel_soon(void *argument) {
+    rig *r = argument;
+    usleep(3000);
+    sida_store_cancel(r->store, sida_fail(SIDA_ERROR_CANCELLED, "stopped by the test"));
+    return NULL;
+}
+
+static void test_errors_wake(void **state) {
+    (void)state;
+    rig r = {0};
+    int32_t waves;
+    /* The copies of a poisoned load come in pairs: the fourth belongs to the second load. */
+    rig_open(&r, 2, 8, "lru", true, 4);
+    assert_int_equal(run_layer(&r, 1, (int32_t[]){0, 1, 2}, 3, 2, &waves), SIDA_ERROR_DEVICE);
+    assert_non_null(strstr(sida_last_message(), "copy"));
+    assert_int_equal(sida_store_announce(r.store, 9, (int32_t[]){1}, 1), SIDA_ERROR_DEVICE);
+    assert_int_equal(sida_store_begin(r.store, 9, NULL, 0), SIDA_ERROR_DEVICE);
+    rig_close(&r);
+
+    r = (rig){0};
+    rig_open(&r, 2, 8, "lru", true, 0);
+    r.gate_closed = true; /* the load never ends */
+    pthread_t thread;
+    pthread_create(&thread, NULL, cancel_soon, &r);
+    assert_int_equal(run_layer(&r, 1, (int32_t[]){0}, 1, 2, &waves), SIDA_ERROR_CANCELLED);
+    assert_string_equal(sida_last_message(), "stopped by the test");
+    pthread_join(thread, NULL);
+    r.gate_closed = false;
+    rig_close(&r);
+}
+
+static void test_cap(void **state) {
+    (void)state;
+    rig r = {0};
+    rig_open(&r, 2, 8, "lru", true, 0);
+    sida_store *second;
+    sida_store_options options = {.slots = 4,
+                                  .experts = 8,
+                                  .expert_bytes = sizeof *r.experts,
+                                  .source = source,
+                                  .source_context = &r,
+                                  .policy = sida_policy_find("lru")};
+    assert_ok(sida_backend_set_cap(r.backend, 5 * sida_store_slot_bytes(sizeof *r.experts)));
+    assert_int_equal(sida_store_create(&second, r.backend, &options), SIDA_ERROR_BUDGET);
+    assert_null(second);
+    assert_non_null(strstr(sida_last_message(), "expert slots"));
+    rig_close(&r);
+}
+
+/* --- stress: an announcing thread ahead of a running one, random plans, random needs */
+
+typedef struct stress {
+    rig *r;
+    int32_t experts, layers;
+    uint64_t seed;
+    atomic_llong running; /* position that runs: plans stay at most 12 ahead */
+} stress;
+
+static int32_t random_set(sida_rng *rng, int32_t *out, int32_t experts) {
+    int32_t count = 0, wanted = (int32_t)sida_rng_below(rng, 3);
+    for (int32_t e = 0; e < experts; e++)
+        if (sida_rng_below(rng, wanted == 0 ? 12 : wanted == 1 ? 4 : 2) == 0) out[count++] = e;
+    return count;
+}
+
+static void *announce_ahead(void *argument) {
+    stress *s = argument;
+    sida_rng rng = sida_rng_seed(s->seed + 1);
+    for (int64_t position = 1; position <= s->layers; position++) {
+        while (position > s->running + 12) usleep(20);
+        int32_t set[max_experts], count = random_set(&rng, set, s->experts);
+        /* Some announcements come out of order, some layers have none. */
+        int64_t at = position + sida_rng_below(&rng, 3);
+        if (sida_store_announce(s->r->store, at, set, count) != SIDA_OK) break;
+        delay(s->r);
+    }
+    return NULL;
+}
+
+static void stress_once(int32_t slots, int32_t experts, const char *policy, bool prefetch,
+                        uint64_t seed) {
+    rig r = {.delay_seed = (unsigned)seed | 1};
+    rig_open(&r, slots, experts, policy, prefetch, 0);
+    stress s = {.r = &r, .experts = experts, .layers = 150, .seed = seed};
+    pthread_t thread;
+    pthread_create(&thread, NULL, announce_ahead, &s);
+    sida_rng rng = sida_rng_seed(seed);
+    int64_t needs = 0;
+    for (int64_t position = 1; position <= s.layers; position++) {
+        s.running = position;
+        int32_t set[max_experts], waves, count = random_set(&rng, set, experts);
+        needs += count;
+        assert_ok(run_layer(&r, position, set, count, slots, &waves));
+    }
+    pthread_join(thread, NULL);
+    sida_store_stats stats;
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.hits + stats.late_prefetches + stats.demand_loads, needs);
+    assert_int_equal(stats.bytes_moved,
+                     (stats.demand_loads + stats.prefetch_loads) * (int64_t)sizeof *r.experts);
+    assert_true(stats.peak_resident <= slots && stats.resident <= slots);
+    assert_true(stats.bytes_wasted <= stats.prefetch_loads * (int64_t)sizeof *r.experts);
+    if (!prefetch) assert_int_equal(stats.prefetch_loads, 0);
+    rig_close(&r);
+}
+
+static void test_stress(void **state) {
+    (void)state;
+    static const char *const policies[] = {"fifo", "lru", "lookahead"};
+    static const int32_t slots[] = {2, 3, 9, max_experts};
+    uint64_t seed = 1;
+    for (int p = 0; p < 3; p++)
+        for (int s = 0; s < 4; s++)
+            for (int prefetch = 0; prefetch < 2; prefetch++)
+                stress_once(slots[s], max_experts, policies[p], prefetch, seed++);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_two_slots),
+        cmocka_unit_test(test_prefetch),
+        cmocka_unit_test(test_late_and_dropped),
+        cmocka_unit_test(test_no_prefetch),
+        cmocka_unit_test(test_two_in_flight),
+        cmocka_unit_test(test_errors_wake),
+        cmocka_unit_test(test_cap),
+        cmocka_unit_test(test_stress),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
