@@ -1,0 +1,99 @@
+#include "runtime/predictor/hash_source.h"
+
+#include "formats/base/memory.h"
+#include "runtime/predictor/sources.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+void sida_hash_table_free(sida_hash_table *table) {
+    free(table->experts);
+    free(table->alpha);
+    *table = (sida_hash_table){0};
+}
+
+sida_status sida_hash_table_reserve(sida_hash_table *table, int32_t side, int32_t layers, int32_t k,
+                                    int64_t tokens) {
+    sida_status status = SIDA_OK;
+    /* Capacity is in rows of the shape that was asked for last. */
+    bool same = table->experts && table->layers == layers && table->k == k;
+    if (!same || tokens > table->capacity) {
+        size_t row = (size_t)layers * (size_t)k, items;
+        int64_t capacity = same && tokens < INT64_MAX / 2 ? tokens + tokens / 2 : tokens;
+        sida_hash_table_free(table);
+        if (sida_mul_overflow(row, (size_t)capacity, &items))
+            SIDA_FAIL(SIDA_ERROR_MEMORY, "a hash table of %" PRId64 " tokens is too large", tokens);
+        SIDA_TRY(SIDA_ALLOC(&table->experts, items, "a hash table"));
+        SIDA_TRY(SIDA_ALLOC(&table->alpha, items, "a hash table"));
+        table->capacity = capacity;
+    }
+    table->side = side;
+    table->layers = layers;
+    table->k = k;
+    table->tokens = tokens;
+out:
+    if (status != SIDA_OK) sida_hash_table_free(table);
+    return status;
+}
+
+sida_status sida_hash_source_open(sida_hash_source **out, const char *path, sida_weight embedding,
+                                  sida_fingerprint model) {
+    *out = NULL;
+    sida_status status = SIDA_OK;
+    sida_h5_file *file = NULL;
+    sida_predictor_meta meta = {0};
+    sida_hash_source *source = NULL;
+    SIDA_TRY(sida_predictor_file_open(&file, &meta, path));
+    if (sida_h5_file_kind(file) != SIDA_H5_PREDICTOR)
+        SIDA_FAIL(SIDA_ERROR_FORMAT,
+                  "%s: a checkpoint of an unfinished training, not a predictor; finish it with "
+                  "sida train --resume",
+                  path);
+    if (!sida_fingerprint_equal(meta.model, model)) {
+        char theirs[SIDA_FINGERPRINT_TEXT], ours[SIDA_FINGERPRINT_TEXT];
+        sida_fingerprint_format(theirs, meta.model);
+        sida_fingerprint_format(ours, model);
+        SIDA_FAIL(SIDA_ERROR_MISMATCH, "%s: a predictor of model %s, not of this model, %s", path,
+                  theirs, ours);
+    }
+    if (strcmp(meta.source, "lstm") != 0)
+        SIDA_FAIL(SIDA_ERROR_UNSUPPORTED, "%s: unknown hash source '%.40s'", path, meta.source);
+    SIDA_TRY(sida_lstm_source_read(&source, file, &meta, embedding));
+    *out = source;
+out:
+    sida_predictor_meta_free(&meta);
+    sida_h5_close(file);
+    return status;
+}
+
+void sida_hash_source_destroy(sida_hash_source *source) {
+    if (source) source->table->destroy(source);
+}
+
+sida_status sida_hash_state_create(const sida_hash_source *source, sida_hash_state **out) {
+    return source->table->state_create(source, out);
+}
+
+void sida_hash_state_destroy(const sida_hash_source *source, sida_hash_state *state) {
+    if (state) source->table->state_destroy(state);
+}
+
+static sida_status check_k(const sida_hash_source *source, int32_t k) {
+    if (k < 1 || k > source->info.experts)
+        return sida_fail(SIDA_ERROR_ARGUMENT, "%d experts a token: this model has 1 to %d", k,
+                         source->info.experts);
+    return SIDA_OK;
+}
+
+sida_status sida_hash_encode(const sida_hash_source *source, sida_hash_state *state,
+                             const sida_ragged *input, int32_t k, sida_hash_table *out) {
+    sida_status status = check_k(source, k);
+    return status == SIDA_OK ? source->table->encode(source, state, input, k, out) : status;
+}
+
+sida_status sida_hash_decode(const sida_hash_source *source, sida_hash_state *state,
+                             const sida_ragged *step, int32_t k, sida_hash_table *out) {
+    sida_status status = check_k(source, k);
+    return status == SIDA_OK ? source->table->decode(source, state, step, k, out) : status;
+}

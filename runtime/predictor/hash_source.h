@@ -1,0 +1,65 @@
+/* Where hash tables come from: the interface of every hash function. A source is read-only once
+ * open and may serve several threads; what a batch needs is in its state. */
+#ifndef SIDA_RUNTIME_PREDICTOR_HASH_SOURCE_H
+#define SIDA_RUNTIME_PREDICTOR_HASH_SOURCE_H
+
+#include "formats/base/fingerprint.h"
+#include "formats/base/status.h"
+#include "formats/ragged.h"
+#include "runtime/ops/linear.h"
+
+#include <stdint.h>
+
+/* A hash table: for each token and MoE layer of one side, the predicted experts and their α. */
+typedef struct sida_hash_table {
+    int32_t side, layers, k;
+    int64_t tokens, capacity; /* used and allocated rows */
+    uint16_t *experts;        /* [tokens, layers, k] best first, ties to the lower id */
+    float *alpha;             /* [tokens, layers, k] softmax over all E */
+} sida_hash_table;
+void sida_hash_table_free(sida_hash_table *table);
+/* Makes room for `tokens` rows and sets the sizes. */
+sida_status sida_hash_table_reserve(sida_hash_table *table, int32_t side, int32_t layers, int32_t k,
+                                    int64_t tokens);
+
+typedef struct sida_hash_source sida_hash_source;
+typedef struct sida_hash_state sida_hash_state; /* of one batch: encoder trunk, decoder state */
+
+typedef struct sida_hash_source_info {
+    const char *name; /* "lstm", "table" ... */
+    sida_fingerprint model, tokenizer;
+    int32_t d_model, experts, layers[2];
+    size_t bytes; /* of its parameters */
+} sida_hash_source_info;
+
+typedef struct sida_hash_source_table {
+    void (*destroy)(sida_hash_source *source);
+    sida_status (*state_create)(const sida_hash_source *source, sida_hash_state **out);
+    void (*state_destroy)(sida_hash_state *state);
+    /* Encoder tables of a new batch; resets the state. */
+    sida_status (*encode)(const sida_hash_source *source, sida_hash_state *state,
+                          const sida_ragged *input, int32_t k, sida_hash_table *out);
+    /* Tables of the decoder's next tokens (0 … n a sequence of that batch). */
+    sida_status (*decode)(const sida_hash_source *source, sida_hash_state *state,
+                          const sida_ragged *step, int32_t k, sida_hash_table *out);
+} sida_hash_source_table;
+
+struct sida_hash_source {
+    const sida_hash_source_table *table;
+    sida_hash_source_info info;
+};
+
+/* Opens P.h5. `embedding` is the model's input embedding in host-readable memory, borrowed.
+ * MISMATCH (both fingerprints named) when the predictor was trained for another model. */
+sida_status sida_hash_source_open(sida_hash_source **out, const char *path, sida_weight embedding,
+                                  sida_fingerprint model);
+void sida_hash_source_destroy(sida_hash_source *source); /* takes NULL */
+sida_status sida_hash_state_create(const sida_hash_source *source, sida_hash_state **out);
+void sida_hash_state_destroy(const sida_hash_source *source, sida_hash_state *state);
+/* k: experts a token and layer, 1 … E. A row depends on its own sequence alone. */
+sida_status sida_hash_encode(const sida_hash_source *source, sida_hash_state *state,
+                             const sida_ragged *input, int32_t k, sida_hash_table *out);
+sida_status sida_hash_decode(const sida_hash_source *source, sida_hash_state *state,
+                             const sida_ragged *step, int32_t k, sida_hash_table *out);
+
+#endif

@@ -1,0 +1,149 @@
+/* The paper's hash function as a hash source. */
+#include "formats/base/memory.h"
+#include "runtime/predictor/select.h"
+#include "runtime/predictor/sources.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+
+typedef struct lstm_source {
+    sida_hash_source base;
+    const sida_net *net;
+    sida_net *owned; /* NULL when borrowed */
+    sida_weight embedding;
+} lstm_source;
+
+typedef struct lstm_state {
+    sida_net_pass *pass;
+    bool encoded;
+    sida_ragged batch; /* sequences only */
+} lstm_state;
+
+static void lstm_destroy(sida_hash_source *source) {
+    lstm_source *self = (lstm_source *)source;
+    sida_net_destroy(self->owned);
+    free(self);
+}
+
+static void lstm_state_destroy(sida_hash_state *state) {
+    lstm_state *self = (lstm_state *)state;
+    sida_net_pass_destroy(self->pass);
+    free(self);
+}
+
+static sida_status lstm_state_create(const sida_hash_source *source, sida_hash_state **out) {
+    *out = NULL;
+    sida_status status = SIDA_OK;
+    lstm_state *self = NULL;
+    SIDA_TRY(SIDA_ALLOC(&self, 1, "a predictor's state"));
+    SIDA_TRY(sida_net_pass_create(&self->pass, ((const lstm_source *)source)->net, false));
+    *out = (sida_hash_state *)self;
+    self = NULL;
+out:
+    if (self) lstm_state_destroy((sida_hash_state *)self);
+    return status;
+}
+
+/* The table of the pass's last call on a side. */
+static sida_status read_table(const lstm_source *self, const sida_net_pass *pass, int side,
+                              int32_t k, sida_hash_table *out) {
+    const sida_net_config *c = &self->net->config;
+    const sida_net_activations *a = &pass->sides[side];
+    int32_t layers = c->layers[side], experts = c->experts;
+    sida_status status = sida_hash_table_reserve(out, side, layers, k, a->tokens);
+    if (status != SIDA_OK) return status;
+    bool good = true, enough = true;
+#pragma omp parallel if (a->tokens * layers * experts > 1 << 14)
+    {
+        uint64_t *keys = malloc((size_t)experts * sizeof *keys);
+        bool fine = true;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a->tokens; i++)
+            for (int32_t l = 0; keys && l < layers; l++)
+                fine &= sida_select_logits(out, i, l, a->logits + (i * layers + l) * experts,
+                                           experts, keys);
+        if (!keys || !fine) {
+#pragma omp critical
+            {
+                enough &= keys != NULL;
+                good &= fine;
+            }
+        }
+        free(keys);
+    }
+    if (!enough) return sida_fail(SIDA_ERROR_MEMORY, "no memory for %d scores", experts);
+    if (!good)
+        return sida_fail(SIDA_ERROR_FORMAT,
+                         "the predictor's scores are not finite: its parameters or the embedding "
+                         "are too large");
+    return SIDA_OK;
+}
+
+static sida_status lstm_encode(const sida_hash_source *source, sida_hash_state *state,
+                               const sida_ragged *input, int32_t k, sida_hash_table *out) {
+    const lstm_source *self = (const lstm_source *)source;
+    lstm_state *own = (lstm_state *)state;
+    own->encoded = false;
+    sida_status status = sida_net_encode(own->pass, self->embedding, input);
+    if (status == SIDA_OK) status = read_table(self, own->pass, 0, k, out);
+    own->encoded = status == SIDA_OK;
+    return status;
+}
+
+static sida_status lstm_decode(const sida_hash_source *source, sida_hash_state *state,
+                               const sida_ragged *step, int32_t k, sida_hash_table *out) {
+    const lstm_source *self = (const lstm_source *)source;
+    lstm_state *own = (lstm_state *)state;
+    if (!own->encoded || step->sequences != own->pass->sequences)
+        return sida_fail(SIDA_ERROR_ARGUMENT, "a decoder step of another batch");
+    if (!self->net->trunks[1].present)
+        return sida_hash_table_reserve(out, 1, 0, k, sida_ragged_tokens(step));
+    sida_status status = sida_net_decode(own->pass, self->embedding, step);
+    return status == SIDA_OK ? read_table(self, own->pass, 1, k, out) : status;
+}
+
+static const sida_hash_source_table lstm_table = {lstm_destroy, lstm_state_create,
+                                                  lstm_state_destroy, lstm_encode, lstm_decode};
+
+sida_status sida_lstm_source_create(sida_hash_source **out, const sida_net *net,
+                                    sida_weight embedding, sida_fingerprint model,
+                                    sida_fingerprint tokenizer) {
+    *out = NULL;
+    const sida_net_config *c = &net->config;
+    if (embedding.cols != c->d_model)
+        return sida_fail(SIDA_ERROR_MISMATCH,
+                         "a predictor of embeddings of width %d, not of %" PRId64, c->d_model,
+                         embedding.cols);
+    lstm_source *self;
+    sida_status status = SIDA_ALLOC(&self, 1, "a hash source");
+    if (status != SIDA_OK) return status;
+    self->base.table = &lstm_table;
+    self->base.info = (sida_hash_source_info){.name = "lstm",
+                                              .model = model,
+                                              .tokenizer = tokenizer,
+                                              .d_model = c->d_model,
+                                              .experts = c->experts,
+                                              .layers = {c->layers[0], c->layers[1]},
+                                              .bytes = (size_t)net->parameter_count * 4};
+    self->net = net;
+    self->embedding = embedding;
+    *out = &self->base;
+    return SIDA_OK;
+}
+
+sida_status sida_lstm_source_read(sida_hash_source **out, sida_h5_file *file,
+                                  const sida_predictor_meta *meta, sida_weight embedding) {
+    *out = NULL;
+    sida_status status = SIDA_OK;
+    sida_net *net = NULL;
+    sida_net_config config;
+    const char *path = sida_h5_path(file);
+    SIDA_TRY(sida_net_config_from_json(&config, json_object_get(meta->config, "net"), path));
+    SIDA_TRY(sida_net_read(&net, file, &config));
+    SIDA_TRY(sida_lstm_source_create(out, net, embedding, meta->model, meta->tokenizer));
+    ((lstm_source *)*out)->owned = net;
+    net = NULL;
+out:
+    sida_net_destroy(net);
+    return status == SIDA_OK ? SIDA_OK : sida_fail_context(status, "%s", path);
+}

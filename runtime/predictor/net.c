@@ -1,0 +1,236 @@
+#include "runtime/predictor/net.h"
+
+#include "formats/base/memory.h"
+#include "formats/base/rng.h"
+
+#include <inttypes.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+int32_t sida_net_default_hidden(int32_t d_model) {
+    int32_t third = (d_model + 2) / 3;
+    int32_t hidden = (third + 63) / 64 * 64;
+    return hidden < 64 ? 64 : hidden;
+}
+
+static sida_status check_range(const char *name, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high) return SIDA_OK;
+    return sida_fail(SIDA_ERROR_ARGUMENT,
+                     "%s of %" PRId64 ": a predictor has %" PRId64 " to %" PRId64, name, value, low,
+                     high);
+}
+
+sida_status sida_net_config_check(const sida_net_config *config) {
+    sida_status status = SIDA_OK;
+    SIDA_TRY(check_range("d_model", config->d_model, 1, 65536));
+    SIDA_TRY(check_range("hidden", config->hidden, 1, 16384));
+    SIDA_TRY(check_range("lstm_layers", config->lstm_layers, 1, SIDA_NET_LSTM_MAX));
+    SIDA_TRY(check_range("experts", config->experts, 1, 65535));
+    SIDA_TRY(check_range("vocabulary", config->vocabulary, 1, INT32_MAX));
+    SIDA_TRY(check_range("layers_encoder", config->layers[0], 0, 4096));
+    SIDA_TRY(check_range("layers_decoder", config->layers[1], 0, 4096));
+    SIDA_TRY(check_range("layers", (int64_t)config->layers[0] + config->layers[1], 1, 8192));
+out:
+    return status;
+}
+
+/* Visits the tensors in their order. With net->tensors NULL it only counts. */
+static void add(sida_net *net, float **view, int side, const char *name, int rank, int64_t rows,
+                int64_t cols, int64_t fan_in) {
+    static const char *const sides[2] = {"encoder", "decoder"};
+    int64_t count = rank == 2 ? rows * cols : rows;
+    if (net->tensors) {
+        sida_net_tensor *t = &net->tensors[net->tensor_count];
+        snprintf(t->name, sizeof t->name, "%s.%s", sides[side], name);
+        t->rank = rank;
+        t->shape[0] = rows;
+        t->shape[1] = rank == 2 ? cols : 1;
+        t->count = count;
+        t->fan_in = fan_in;
+        t->data = *view = net->parameters ? net->parameters + net->parameter_count : NULL;
+    }
+    net->tensor_count++;
+    net->parameter_count += count;
+}
+
+static void add_linear(sida_net *net, sida_net_linear *layer, int side, const char *weight,
+                       const char *bias, int64_t rows, int64_t cols, int64_t fan_in) {
+    layer->rows = rows;
+    layer->cols = cols;
+    add(net, &layer->weight, side, weight, 2, rows, cols, fan_in);
+    add(net, &layer->bias, side, bias, 1, rows, 1, fan_in);
+}
+
+static void lay_out(sida_net *net) {
+    const sida_net_config *c = &net->config;
+    int64_t h = c->hidden;
+    net->tensor_count = 0;
+    net->parameter_count = 0;
+    for (int side = 0; side < 2; side++) {
+        sida_net_trunk *trunk = &net->trunks[side];
+        trunk->present = c->layers[side] > 0;
+        if (!trunk->present) continue;
+        add_linear(net, &trunk->compress, side, "compress.weight", "compress.bias", h, c->d_model,
+                   c->d_model);
+        for (int l = 0; l < c->lstm_layers; l++) {
+            char weight[32], bias[32];
+            snprintf(weight, sizeof weight, "lstm.weight_ih_l%d", l);
+            snprintf(bias, sizeof bias, "lstm.bias_ih_l%d", l);
+            add_linear(net, &trunk->input[l], side, weight, bias, 4 * h, h, h);
+            snprintf(weight, sizeof weight, "lstm.weight_hh_l%d", l);
+            snprintf(bias, sizeof bias, "lstm.bias_hh_l%d", l);
+            add_linear(net, &trunk->recurrent[l], side, weight, bias, 4 * h, h, h);
+        }
+        add_linear(net, &trunk->residual, side, "residual.weight", "residual.bias", h, h, h);
+        add_linear(net, &trunk->heads, side, "heads.weight", "heads.bias",
+                   (int64_t)c->layers[side] * c->experts, h, h);
+    }
+}
+
+sida_status sida_net_create(sida_net **out, const sida_net_config *config) {
+    *out = NULL;
+    sida_status status = SIDA_OK;
+    sida_net *net = NULL;
+    SIDA_TRY(sida_net_config_check(config));
+    SIDA_TRY(SIDA_ALLOC(&net, 1, "a predictor"));
+    net->config = *config;
+    lay_out(net);
+    SIDA_TRY(SIDA_ALLOC(&net->tensors, net->tensor_count, "a predictor's tensors"));
+    SIDA_TRY(SIDA_ALLOC(&net->parameters, net->parameter_count, "a predictor's parameters"));
+    lay_out(net);
+    *out = net;
+    net = NULL;
+out:
+    sida_net_destroy(net);
+    return status;
+}
+
+void sida_net_destroy(sida_net *net) {
+    if (!net) return;
+    free(net->parameters);
+    free(net->tensors);
+    free(net);
+}
+
+void sida_net_initialise(sida_net *net, uint64_t seed) {
+    sida_rng rng = sida_rng_seed(seed);
+    for (int32_t i = 0; i < net->tensor_count; i++) {
+        sida_net_tensor *t = &net->tensors[i];
+        float bound = 1.0f / sqrtf((float)t->fan_in);
+        for (int64_t k = 0; k < t->count; k++)
+            t->data[k] = (2.0f * sida_rng_f32(&rng) - 1.0f) * bound;
+    }
+}
+
+sida_weight sida_net_weight(const sida_net_linear *layer) {
+    return (sida_weight){layer->weight, SIDA_F32, layer->rows, layer->cols};
+}
+
+/* --- files */
+
+static const struct {
+    const char *key;
+    size_t offset;
+} config_fields[] = {{"d_model", offsetof(sida_net_config, d_model)},
+                     {"hidden", offsetof(sida_net_config, hidden)},
+                     {"lstm_layers", offsetof(sida_net_config, lstm_layers)},
+                     {"experts", offsetof(sida_net_config, experts)},
+                     {"vocabulary", offsetof(sida_net_config, vocabulary)},
+                     {"layers_encoder", offsetof(sida_net_config, layers[0])},
+                     {"layers_decoder", offsetof(sida_net_config, layers[1])}};
+enum { config_field_count = sizeof config_fields / sizeof *config_fields };
+
+json_t *sida_net_config_to_json(const sida_net_config *config) {
+    json_t *object = json_object();
+    for (int i = 0; i < config_field_count; i++) {
+        int32_t value;
+        memcpy(&value, (const char *)config + config_fields[i].offset, sizeof value);
+        json_object_set_new(object, config_fields[i].key, json_integer(value));
+    }
+    return object;
+}
+
+sida_status sida_net_config_from_json(sida_net_config *out, const json_t *object,
+                                      const char *file) {
+    *out = (sida_net_config){0};
+    for (int i = 0; i < config_field_count; i++) {
+        const json_t *field = json_object_get(object, config_fields[i].key);
+        if (!json_is_integer(field))
+            return sida_fail(SIDA_ERROR_FORMAT, "%s: its config has no whole number net.%s", file,
+                             config_fields[i].key);
+        json_int_t value = json_integer_value(field);
+        if (value < 0 || value > INT32_MAX)
+            return sida_fail(SIDA_ERROR_FORMAT, "%s: its config's net.%s is out of range", file,
+                             config_fields[i].key);
+        int32_t narrow = (int32_t)value;
+        memcpy((char *)out + config_fields[i].offset, &narrow, sizeof narrow);
+    }
+    if (sida_net_config_check(out) != SIDA_OK)
+        return sida_fail_context(SIDA_ERROR_FORMAT, "%s", file);
+    return SIDA_OK;
+}
+
+static void tensor_path(char path[64], const sida_net_tensor *tensor) {
+    snprintf(path, 64, "tensors/%s", tensor->name);
+}
+
+sida_status sida_net_write(sida_h5_file *file, const sida_net *net) {
+    sida_status status = SIDA_OK;
+    for (int32_t i = 0; i < net->tensor_count; i++) {
+        const sida_net_tensor *t = &net->tensors[i];
+        char path[64];
+        tensor_path(path, t);
+        SIDA_TRY(sida_h5_write(file, path, SIDA_H5_F32, t->rank, t->shape, t->data));
+    }
+out:
+    return status;
+}
+
+static sida_status check_shapes(sida_h5_file *file, const sida_net *net) {
+    for (int32_t i = 0; i < net->tensor_count; i++) {
+        const sida_net_tensor *t = &net->tensors[i];
+        char path[64];
+        int64_t shape[3] = {0, 1, 1};
+        tensor_path(path, t);
+        sida_status status = sida_h5_shape(file, path, SIDA_H5_F32, t->rank, shape);
+        if (status != SIDA_OK) return status;
+        if (shape[0] != t->shape[0] || (t->rank == 2 && shape[1] != t->shape[1]))
+            return sida_fail(
+                SIDA_ERROR_FORMAT,
+                "%s: %s is [%" PRId64 ", %" PRId64 "], its config says [%" PRId64 ", %" PRId64 "]",
+                sida_h5_path(file), path, shape[0], shape[1], t->shape[0], t->shape[1]);
+    }
+    return SIDA_OK;
+}
+
+sida_status sida_net_read(sida_net **out, sida_h5_file *file, const sida_net_config *config) {
+    *out = NULL;
+    sida_status status = SIDA_OK;
+    sida_net *net = NULL, shapes = {.config = *config};
+    SIDA_TRY(sida_net_config_check(config));
+    /* A pass over the shapes alone first: a small file must not make us take much memory. */
+    lay_out(&shapes);
+    SIDA_TRY(SIDA_ALLOC(&shapes.tensors, shapes.tensor_count, "a predictor's tensors"));
+    lay_out(&shapes);
+    SIDA_TRY(check_shapes(file, &shapes));
+    SIDA_TRY(sida_net_create(&net, config));
+    for (int32_t i = 0; i < net->tensor_count; i++) {
+        sida_net_tensor *t = &net->tensors[i];
+        char path[64];
+        tensor_path(path, t);
+        SIDA_TRY(sida_h5_read_rows(file, path, SIDA_H5_F32, 0, t->shape[0], t->data));
+        for (int64_t k = 0; k < t->count; k++)
+            if (!isfinite(t->data[k]))
+                SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: %s holds a value that is not finite",
+                          sida_h5_path(file), path);
+    }
+    *out = net;
+    net = NULL;
+out:
+    sida_net_destroy(net);
+    free(shapes.tensors);
+    return status;
+}

@@ -1,0 +1,121 @@
+/* The predictor's network: its configuration, its parameters, and the forward pass.
+ *
+ * Encoder: x = relu(compress(e)), h = LSTM(x), o = sparsemax attention of h over its own sequence
+ * + residual(x), logits = heads(o). The decoder has a trunk of its own, causal, which also attends
+ * with the same queries to the encoder's h. e is the token's input embedding. SiDA-MoE
+ * (arXiv 2310.18859), section 3.4, for the encoder; the decoder is ours. */
+#ifndef SIDA_RUNTIME_PREDICTOR_NET_H
+#define SIDA_RUNTIME_PREDICTOR_NET_H
+
+#include "formats/predictor_file.h"
+#include "formats/ragged.h"
+#include "runtime/ops/linear.h"
+#include "runtime/ops/sparsemax.h"
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+enum { SIDA_NET_LSTM_MAX = 4 };
+
+typedef struct sida_net_config {
+    int32_t d_model, hidden, lstm_layers, experts, vocabulary;
+    int32_t layers[2]; /* MoE layers of encoder and decoder; 0: no trunk for that side */
+} sida_net_config;
+
+/* The paper's 768 to 256, for any width: d_model / 3 rounded up to a multiple of 64. */
+int32_t sida_net_default_hidden(int32_t d_model);
+/* ARGUMENT, naming the value, for sizes that no real predictor has. */
+sida_status sida_net_config_check(const sida_net_config *config);
+
+/* A named view of the flat buffer, PyTorch's names and shapes: encoder.compress.weight,
+ * encoder.lstm.weight_ih_l0, decoder.heads.bias ... */
+typedef struct sida_net_tensor {
+    char name[48];
+    int rank;
+    int64_t shape[2], count;
+    int64_t fan_in; /* initial values are uniform within 1/sqrt(fan_in), as PyTorch's */
+    float *data;
+} sida_net_tensor;
+
+typedef struct sida_net_linear {
+    float *weight, *bias; /* [rows, cols], [rows] */
+    int64_t rows, cols;
+} sida_net_linear;
+
+typedef struct sida_net_trunk {
+    bool present;
+    sida_net_linear compress;                     /* d_model -> hidden */
+    sida_net_linear input[SIDA_NET_LSTM_MAX];     /* weight_ih, bias_ih: hidden -> 4 hidden */
+    sida_net_linear recurrent[SIDA_NET_LSTM_MAX]; /* weight_hh, bias_hh */
+    sida_net_linear residual;                     /* hidden -> hidden */
+    sida_net_linear heads;                        /* hidden -> layers * experts */
+} sida_net_trunk;
+
+typedef struct sida_net {
+    sida_net_config config;
+    sida_net_trunk trunks[2];
+    sida_net_tensor *tensors;
+    int32_t tensor_count;
+    float *parameters; /* all of them, in the order of the tensors */
+    int64_t parameter_count;
+} sida_net;
+
+/* All parameters zero. Also serves as the gradient of a net. */
+sida_status sida_net_create(sida_net **out, const sida_net_config *config);
+void sida_net_destroy(sida_net *net); /* takes NULL */
+/* PyTorch's default initialisation from a seed of ours. */
+void sida_net_initialise(sida_net *net, uint64_t seed);
+sida_weight sida_net_weight(const sida_net_linear *layer);
+
+/* The configuration as a JSON object and back: FORMAT when it is incomplete or absurd. */
+json_t *sida_net_config_to_json(const sida_net_config *config);
+sida_status sida_net_config_from_json(sida_net_config *out, const json_t *object, const char *file);
+/* /tensors/NAME. Reading checks every shape before memory is taken, and that values are finite. */
+sida_status sida_net_write(sida_h5_file *file, const sida_net *net);
+sida_status sida_net_read(sida_net **out, sida_h5_file *file, const sida_net_config *config);
+
+/* --- the forward pass */
+
+/* What the last call left of one side; n tokens. Layer l of the LSTM reads input(l): compressed, or
+ * the layer below. */
+typedef struct sida_net_activations {
+    int64_t tokens;
+    int64_t *offsets;  /* [sequences + 1] */
+    float *embedded;   /* [n, d_model] */
+    float *compressed; /* [n, hidden] */
+    float *gates[SIDA_NET_LSTM_MAX], *cells[SIDA_NET_LSTM_MAX], *out[SIDA_NET_LSTM_MAX];
+    float *mixed;  /* [n, hidden] what the heads read */
+    float *logits; /* [n, layers * experts] */
+    /* Ready to be given to the backward op; without tokens: no sequences. */
+    sida_sparsemax_attention_call self, cross;
+    void *storage[4]; /* behind the pointers above, kept between calls */
+    size_t storage_items[4];
+} sida_net_activations;
+
+typedef struct sida_net_pass {
+    const sida_net *net;
+    bool training;
+    int32_t sequences;
+    sida_net_activations sides[2];
+    /* The decoder's state. */
+    float *state_h[SIDA_NET_LSTM_MAX], *state_c[SIDA_NET_LSTM_MAX]; /* [sequences, hidden] */
+    float *memory;    /* [sequences, capacity, hidden]: its LSTM's outputs so far */
+    int32_t *counts;  /* [sequences] tokens so far */
+    int32_t capacity; /* rows a sequence */
+    size_t state_items, count_items, memory_items;
+} sida_net_pass;
+
+/* training: products by OpenBLAS (fast; a row's bytes depend on the batch) and attention keeps its
+ * probabilities. Otherwise a sequence gives the same bytes alone, in any batch, and (decoder) token
+ * by token. Borrows the net; one thread at a time. */
+sida_status sida_net_pass_create(sida_net_pass **out, const sida_net *net, bool training);
+void sida_net_pass_destroy(sida_net_pass *pass); /* takes NULL */
+
+/* Starts a batch: runs the encoder's trunk and empties the decoder's state. ids are rows of the
+ * embedding (FORMAT otherwise). */
+sida_status sida_net_encode(sida_net_pass *pass, sida_weight embedding, const sida_ragged *input);
+/* The next 0 … n tokens of each sequence of the batch. */
+sida_status sida_net_decode(sida_net_pass *pass, sida_weight embedding, const sida_ragged *step);
+
+#endif

@@ -1,0 +1,2 @@
+sida_test(predictor_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_test.c DEPENDS sida_predictor
+  LABELS unit)

@@ -1,0 +1,61 @@
+/* A trace in memory, as training and evaluation use it. */
+#ifndef SIDA_TRAINER_DATASET_H
+#define SIDA_TRAINER_DATASET_H
+
+#include "formats/ragged.h"
+#include "formats/trace.h"
+#include "runtime/ops/linear.h"
+
+#include <stdint.h>
+
+typedef struct sida_dataset_side {
+    int64_t tokens;     /* n */
+    int64_t *offsets;   /* [sequences + 1] */
+    int32_t *ids;       /* [n] */
+    uint16_t *experts;  /* [n, layers, top_k] */
+    float *alpha;       /* [n, layers, top_k] */
+    uint8_t *dropped;   /* [n, layers] */
+    uint16_t *top_ids;  /* [n, layers, top] */
+    uint16_t *top_logp; /* [n, layers, top] fp16 bits */
+} sida_dataset_side;
+
+typedef struct sida_dataset {
+    char *path;
+    sida_fingerprint file, model, tokenizer; /* file: of its bytes */
+    int32_t experts, top_k, top, d_model, vocabulary, sequences;
+    int32_t layers[2];
+    sida_dataset_side sides[2];
+    float *embedding; /* [vocabulary, d_model]; rows of ids that do not occur are zero */
+} sida_dataset;
+
+/* Reads the whole trace. top: how many of its T are kept, 0: all of them, negative: none (then
+ * top_ids and top_logp are NULL). Errors: IO, FORMAT (also an empty trace), ARGUMENT when it has
+ * fewer than `top`, MEMORY. */
+sida_status sida_dataset_load(sida_dataset *out, const char *path, int32_t top);
+void sida_dataset_free(sida_dataset *data);
+
+/* MISMATCH, naming both files and what differs, when the two are not of one model. */
+sida_status sida_dataset_check_pair(const sida_dataset *a, const sida_dataset *b);
+sida_weight sida_dataset_embedding(const sida_dataset *data);
+
+/* --- batches of whole sequences */
+typedef struct sida_minibatch_side {
+    sida_ragged tokens; /* into offsets and ids */
+    int64_t *offsets;
+    int32_t *ids;
+    uint16_t *top_ids, *top_logp;
+    size_t offset_items, id_items, top_items, logp_items;
+} sida_minibatch_side;
+typedef struct sida_minibatch {
+    sida_minibatch_side sides[2];
+} sida_minibatch;
+
+/* Copies the sequences order[0 … count) out of the data. */
+sida_status sida_minibatch_fill(sida_minibatch *out, const sida_dataset *data, const int32_t *order,
+                                int32_t count);
+void sida_minibatch_free(sida_minibatch *batch);
+
+/* The order of an epoch: a permutation of 0 … count-1 that depends on seed and epoch alone. */
+void sida_dataset_shuffle(int32_t *order, int32_t count, uint64_t seed, int32_t epoch);
+
+#endif

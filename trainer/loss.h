@@ -1,0 +1,34 @@
+/* What the predictor is trained on: truncated knowledge distillation from the router's distribution
+ * plus λ times the cross-entropy against its choice, in SiDA-MoE's terms TKD + λ·CE. */
+#ifndef SIDA_TRAINER_LOSS_H
+#define SIDA_TRAINER_LOSS_H
+
+#include "formats/base/status.h"
+
+#include <stdint.h>
+
+typedef enum sida_tkd {
+    /* Cross-entropy against the teacher over its top T, what is left of its mass being one more
+     * class; the student's softmax is over all E. */
+    SIDA_TKD_REST,
+    /* The paper's: mean over the top T of |softmax(student[top]) - softmax(teacher[top])|. */
+    SIDA_TKD_L1_RENORM
+} sida_tkd;
+const char *sida_tkd_name(sida_tkd tkd); /* "rest", "l1-renorm" */
+
+typedef struct sida_loss_call {
+    float *d_logits;          /* [pairs, experts] out: gradient of scale * (sum of losses) */
+    double *losses;           /* [pairs] out: one loss each */
+    const float *logits;      /* [pairs, experts]; a pair is a token and a layer */
+    const uint16_t *top_ids;  /* [pairs, top] distinct, best first */
+    const uint16_t *top_logp; /* [pairs, top] fp16 bits, natural log of the softmax over all E */
+    int64_t pairs;
+    int32_t experts, top;
+    sida_tkd tkd;
+    float lambda, scale;
+} sida_loss_call;
+
+/* *sum: of the pairs' losses, added in order. Not finite when a logit is not. */
+sida_status sida_loss(double *sum, const sida_loss_call *call);
+
+#endif

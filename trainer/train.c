@@ -1,0 +1,300 @@
+#include "trainer/train.h"
+
+#include "formats/base/clock.h"
+#include "formats/base/file.h"
+#include "formats/base/log.h"
+#include "formats/base/memory.h"
+#include "runtime/predictor/sources.h"
+#include "trainer/adamw.h"
+#include "trainer/checkpoint.h"
+#include "trainer/step.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* LSTM layers of a new predictor: the paper's. */
+enum { lstm_layers = 2 };
+
+const char *sida_schedule_name(sida_schedule schedule) {
+    return schedule == SIDA_SCHEDULE_COSINE ? "cosine" : "constant";
+}
+
+sida_train_options sida_train_defaults(void) {
+    return (sida_train_options){.epochs = 30,
+                                .batch = 16,
+                                .warmup = 100,
+                                .lr = 5e-3,
+                                .lambda = 0.5,
+                                .weight_decay = 0.01,
+                                .clip = 1,
+                                .tkd = SIDA_TKD_REST,
+                                .schedule = SIDA_SCHEDULE_COSINE};
+}
+
+typedef struct training {
+    const sida_train_options *options;
+    sida_dataset train, valid;
+    sida_predictor_meta meta;
+    sida_train_state state;
+    sida_step *step;
+    sida_hash_source *source; /* over state.net, for validation */
+    int32_t *order;
+    int32_t batches; /* an epoch */
+    int64_t steps;   /* in all */
+    int64_t tokens;  /* trained on by this process */
+    char *checkpoint;
+    bool saved; /* the checkpoint holds the present state */
+} training;
+
+static json_t *fingerprint_json(sida_fingerprint value) {
+    char text[SIDA_FINGERPRINT_TEXT];
+    sida_fingerprint_format(text, value);
+    return json_string(text);
+}
+
+/* Everything that shapes the result, and nothing else: no path, no time, no number of threads. */
+static json_t *config_json(const training *t, const sida_net_config *net) {
+    const sida_train_options *o = t->options;
+    json_t *root = json_object(), *settings = json_object();
+    json_object_set_new(root, "net", sida_net_config_to_json(net));
+    json_object_set_new(settings, "epochs", json_integer(o->epochs));
+    json_object_set_new(settings, "batch", json_integer(o->batch));
+    json_object_set_new(settings, "lr", json_real(o->lr));
+    json_object_set_new(settings, "schedule", json_string(sida_schedule_name(o->schedule)));
+    json_object_set_new(settings, "warmup", json_integer(o->warmup));
+    json_object_set_new(settings, "weight_decay", json_real(o->weight_decay));
+    json_object_set_new(settings, "clip", json_real(o->clip));
+    json_object_set_new(settings, "tkd", json_string(sida_tkd_name(o->tkd)));
+    json_object_set_new(settings, "lambda", json_real(o->lambda));
+    json_object_set_new(settings, "top", json_integer(t->train.top));
+    json_object_set_new(settings, "seed", json_integer(o->seed));
+    json_object_set_new(settings, "optimizer", json_string("adamw"));
+    json_object_set_new(root, "training", settings);
+    json_object_set_new(root, "trace", fingerprint_json(t->train.file));
+    json_object_set_new(root, "valid", fingerprint_json(t->valid.file));
+    json_object_set_new(root, "version", json_string(SIDA_VERSION));
+    return root;
+}
+
+static sida_status check_options(const sida_train_options *o) {
+    if (o->epochs < 1 || o->batch < 1 || o->top < 0 || o->hidden < 0 || o->warmup < 0 ||
+        o->seed < 0 || o->checkpoint_every < 0 || !(o->lr > 0) || !(o->lambda >= 0) ||
+        !(o->weight_decay >= 0) || !(o->clip >= 0) || !isfinite(o->lr) || !isfinite(o->lambda) ||
+        !isfinite(o->weight_decay) || !isfinite(o->clip))
+        return sida_fail(SIDA_ERROR_ARGUMENT, "an option of the training is out of its range");
+    return SIDA_OK;
+}
+
+/* Loads both traces and builds everything that does not depend on the checkpoint. */
+static sida_status prepare(training *t) {
+    sida_status status = SIDA_OK;
+    const sida_train_options *o = t->options;
+    SIDA_TRY(check_options(o));
+    SIDA_TRY(sida_strprintf(&t->checkpoint, "%s.checkpoint", o->output));
+    SIDA_TRY(sida_file_check_writable(o->output));
+    SIDA_TRY(sida_file_check_writable(t->checkpoint));
+    SIDA_TRY(sida_dataset_load(&t->train, o->trace, o->top));
+    SIDA_TRY(sida_dataset_load(&t->valid, o->valid, -1));
+    SIDA_TRY(sida_dataset_check_pair(&t->train, &t->valid));
+    const sida_net_config config = {
+        .d_model = t->train.d_model,
+        .hidden = o->hidden > 0 ? o->hidden : sida_net_default_hidden(t->train.d_model),
+        .lstm_layers = lstm_layers,
+        .experts = t->train.experts,
+        .vocabulary = t->train.vocabulary,
+        .layers = {t->train.layers[0], t->train.layers[1]}};
+    t->meta.model = t->train.model;
+    t->meta.tokenizer = t->train.tokenizer;
+    SIDA_TRY(sida_strdup(&t->meta.source, "lstm"));
+    t->meta.config = config_json(t, &config);
+    SIDA_TRY(sida_train_state_create(&t->state, &config, o->weight_decay, o->epochs));
+    sida_net_initialise(t->state.net, (uint64_t)o->seed);
+    SIDA_TRY(sida_step_create(&t->step, t->state.net,
+                              o->batch < t->train.sequences ? o->batch : t->train.sequences, o->tkd,
+                              o->lambda));
+    SIDA_TRY(sida_lstm_source_create(&t->source, t->state.net, sida_dataset_embedding(&t->valid),
+                                     t->train.model, t->train.tokenizer));
+    SIDA_TRY(SIDA_ALLOC(&t->order, t->train.sequences, "the order of sequences"));
+    t->batches = (t->train.sequences - 1) / o->batch + 1;
+    t->steps = (int64_t)t->batches * o->epochs;
+out:
+    return status;
+}
+
+static void discard(training *t) {
+    sida_dataset_free(&t->train);
+    sida_dataset_free(&t->valid);
+    sida_predictor_meta_free(&t->meta);
+    sida_step_destroy(t->step);
+    sida_hash_source_destroy(t->source);
+    sida_train_state_free(&t->state);
+    free(t->order);
+    free(t->checkpoint);
+}
+
+static sida_status save(training *t) {
+    sida_status status = sida_checkpoint_write(t->checkpoint, &t->meta, &t->state);
+    if (status == SIDA_OK) t->saved = true;
+    return status;
+}
+
+static double learning_rate(const training *t, int64_t step) {
+    const sida_train_options *o = t->options;
+    double rate = o->lr;
+    if (o->schedule == SIDA_SCHEDULE_COSINE)
+        rate *= 0.5 * (1 + cos(3.14159265358979323846 * (double)step / (double)t->steps));
+    if (step < o->warmup) rate *= (double)(step + 1) / o->warmup;
+    return rate;
+}
+
+static sida_status run_step(training *t) {
+    sida_status status = SIDA_OK;
+    const sida_train_options *o = t->options;
+    sida_train_state *s = &t->state;
+    int32_t first = s->batch * o->batch, rest = t->train.sequences - first;
+    double sum;
+    int64_t pairs;
+    int32_t count = rest < o->batch ? rest : o->batch;
+    SIDA_TRY(sida_step_gradient(t->step, &sum, &pairs, &t->train, t->order + first, count));
+    sida_net *gradient = sida_step_get_gradient(t->step);
+    double norm = sida_gradient_clip(gradient->parameters, gradient->parameter_count, o->clip);
+    if (!isfinite(norm)) SIDA_FAIL(SIDA_ERROR_FORMAT, "the gradient is not finite: lower --lr");
+    sida_adamw_step(&s->optimiser, s->net->parameters, gradient->parameters,
+                    learning_rate(t, s->optimiser.step));
+    s->loss_sum += sum;
+    s->loss_pairs += pairs;
+    s->batch++;
+    t->saved = false;
+    for (int side = 0; side < 2; side++)
+        for (int32_t i = first; i < first + count; i++) {
+            const int64_t *offsets = t->train.sides[side].offsets + t->order[i];
+            t->tokens += offsets[1] - offsets[0];
+        }
+    if (o->checkpoint_every > 0 && s->optimiser.step % o->checkpoint_every == 0) SIDA_TRY(save(t));
+    if (o->on_step)
+        SIDA_TRY(o->on_step(o->context, (double)s->optimiser.step / (double)t->steps, t->tokens));
+out:
+    return status;
+}
+
+/* Measures what the runtime will see: the inference pass, not the training one. */
+static sida_status end_epoch(training *t, double begin) {
+    sida_status status = SIDA_OK;
+    sida_train_state *s = &t->state;
+    sida_evaluation valid = {0};
+    double loss = s->loss_pairs > 0 ? s->loss_sum / (double)s->loss_pairs : 0;
+    SIDA_TRY(sida_evaluate(&valid, t->source, &t->valid, t->valid.top_k, NULL, NULL));
+    const sida_scores *all = &valid.overall;
+    const double row[SIDA_CURVE_COLUMNS] = {loss,
+                                            all->hit[0],
+                                            all->hit[1],
+                                            all->hit[2],
+                                            all->set_recall,
+                                            all->set_precision,
+                                            all->alpha_error};
+    for (int c = 0; c < SIDA_CURVE_COLUMNS; c++)
+        s->curve[(int64_t)s->epoch * SIDA_CURVE_COLUMNS + c] = (float)row[c];
+    s->epoch++;
+    s->batch = 0;
+    s->loss_sum = 0;
+    s->loss_pairs = 0;
+    if (s->best_epoch == 0 || all->hit[0] > s->best_hit) {
+        s->best_epoch = s->epoch;
+        s->best_hit = all->hit[0];
+        memcpy(s->best, s->net->parameters, (size_t)s->net->parameter_count * sizeof *s->best);
+    }
+    t->saved = false;
+    if (t->options->on_epoch)
+        t->options->on_epoch(t->options->context,
+                             &(sida_train_epoch){s->epoch, t->options->epochs, loss, &valid,
+                                                 sida_clock_seconds() - begin});
+    if (t->options->checkpoint_every == 0) SIDA_TRY(save(t));
+out:
+    sida_evaluation_free(&valid);
+    return status;
+}
+
+static sida_status loop(training *t) {
+    sida_status status = SIDA_OK;
+    sida_train_state *s = &t->state;
+    while (s->epoch < t->options->epochs) {
+        double begin = sida_clock_seconds();
+        sida_dataset_shuffle(t->order, t->train.sequences, (uint64_t)t->options->seed, s->epoch);
+        while (s->batch < t->batches) SIDA_TRY(run_step(t));
+        SIDA_TRY(end_epoch(t, begin));
+    }
+out:
+    /* Asked to stop between two steps: nothing is lost. The reason stays the message. */
+    if (status == SIDA_ERROR_CANCELLED && !t->saved && save(t) == SIDA_OK)
+        sida_fail(status, "stopped; sida train --resume continues from %s", t->checkpoint);
+    return status;
+}
+
+static sida_status start(training *t) {
+    bool exists = sida_file_exists(t->checkpoint);
+    if (t->options->resume && exists) {
+        sida_status status =
+            sida_checkpoint_read(&t->state, t->checkpoint, &t->meta, t->options->epochs);
+        if (status != SIDA_OK) return status;
+        if (t->state.batch > t->batches ||
+            t->state.optimiser.step != (int64_t)t->state.epoch * t->batches + t->state.batch)
+            return sida_fail(SIDA_ERROR_FORMAT, "%s: its step and epoch do not agree",
+                             t->checkpoint);
+        t->saved = true;
+        sida_log(SIDA_LOG_INFO, "resuming after step %lld of %lld",
+                 (long long)t->state.optimiser.step, (long long)t->steps);
+    } else if (exists) {
+        sida_log(SIDA_LOG_WARNING,
+                 "%s is of an unfinished training and will be replaced; --resume continues it",
+                 t->checkpoint);
+    }
+    return SIDA_OK;
+}
+
+static sida_status summarise(training *t, json_t **summary, double seconds) {
+    sida_status status = SIDA_OK;
+    sida_evaluation valid = {0};
+    const sida_train_state *s = &t->state;
+    memcpy(s->net->parameters, s->best, (size_t)s->net->parameter_count * sizeof *s->best);
+    SIDA_TRY(sida_evaluate(&valid, t->source, &t->valid, t->valid.top_k, NULL, NULL));
+    json_t *root = json_object(), *loss = json_array();
+    json_object_set_new(root, "output", json_string(t->options->output));
+    json_object_set_new(root, "model", fingerprint_json(t->meta.model));
+    json_object_set(root, "config", t->meta.config);
+    json_object_set_new(root, "parameters", json_integer(s->net->parameter_count));
+    json_object_set_new(root, "epochs", json_integer(s->epoch));
+    json_object_set_new(root, "steps", json_integer(s->optimiser.step));
+    json_object_set_new(root, "kept_epoch", json_integer(s->best_epoch));
+    for (int32_t i = 0; i < s->epoch; i++)
+        json_array_append_new(loss, json_real((double)s->curve[i * SIDA_CURVE_COLUMNS]));
+    json_object_set_new(root, "loss", loss);
+    json_object_set_new(root, "valid", sida_evaluation_to_json(&valid));
+    json_object_set_new(root, "seconds", json_real(seconds));
+    json_object_set_new(root, "tokens_per_s",
+                        json_real(seconds > 0 ? (double)t->tokens / seconds : 0));
+    *summary = root;
+out:
+    sida_evaluation_free(&valid);
+    return status;
+}
+
+sida_status sida_train(const sida_train_options *options, json_t **summary) {
+    if (summary) *summary = NULL;
+    sida_status status = SIDA_OK;
+    training t = {.options = options};
+    SIDA_TRY(prepare(&t));
+    SIDA_TRY(start(&t));
+    double begin = sida_clock_seconds();
+    SIDA_TRY(loop(&t));
+    double seconds = sida_clock_seconds() - begin;
+    SIDA_TRY(sida_predictor_write(options->output, &t.meta, &t.state));
+    if (unlink(t.checkpoint) != 0 && errno != ENOENT)
+        sida_log(SIDA_LOG_WARNING, "%s: %s", t.checkpoint, strerror(errno));
+    if (summary) SIDA_TRY(summarise(&t, summary, seconds));
+out:
+    discard(&t);
+    return status;
+}

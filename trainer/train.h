@@ -1,0 +1,56 @@
+/* Training a predictor: the loop, its options, what it reports and what it leaves behind. */
+#ifndef SIDA_TRAINER_TRAIN_H
+#define SIDA_TRAINER_TRAIN_H
+
+#include "trainer/evaluate.h"
+#include "trainer/loss.h"
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef enum sida_schedule {
+    SIDA_SCHEDULE_CONSTANT,
+    SIDA_SCHEDULE_COSINE /* from lr to 0 over the whole training */
+} sida_schedule;
+const char *sida_schedule_name(sida_schedule schedule); /* "constant", "cosine" */
+
+typedef struct sida_train_epoch {
+    int32_t epoch, epochs; /* 1 … epochs */
+    double loss;           /* training loss, mean over the epoch's pairs */
+    const sida_evaluation *valid;
+    double seconds; /* of this epoch, evaluation included */
+} sida_train_epoch;
+
+typedef struct sida_train_options {
+    const char *trace, *valid, *output;
+    int32_t epochs, batch; /* batch: sequences */
+    int32_t top;           /* of the trace's T; 0: all of them */
+    int32_t hidden;        /* 0: sida_net_default_hidden */
+    int32_t warmup;        /* steps of rising lr */
+    double lr, lambda, weight_decay;
+    double clip; /* largest gradient norm; 0: no limit */
+    sida_tkd tkd;
+    sida_schedule schedule;
+    int64_t seed;             /* >= 0 */
+    int64_t checkpoint_every; /* steps; 0: an epoch */
+    bool resume;
+    /* Any may be NULL. What on_step returns, if not OK, ends the training; on CANCELLED a
+     * checkpoint is left. fraction: of the whole training. */
+    sida_status (*on_step)(void *context, double fraction, int64_t tokens);
+    void (*on_epoch)(void *context, const sida_train_epoch *epoch);
+    void *context;
+} sida_train_options;
+
+/* The defaults of `sida train`; the three paths are NULL. */
+sida_train_options sida_train_defaults(void);
+
+/* Trains and writes options->output. The same seed, traces and options give the same bytes whatever
+ * the number of threads. State goes to OUTPUT.checkpoint (complete or absent) every
+ * checkpoint_every steps, and is removed at the end; with `resume` a checkpoint is continued to the
+ * same bytes, MISMATCH when it is of other traces or options, and without one the training starts
+ * from the beginning. The weights kept are those of the epoch with the best validation hit@1.
+ * *summary: JSON of what was done, may be NULL. */
+sida_status sida_train(const sida_train_options *options, json_t **summary);
+
+#endif
