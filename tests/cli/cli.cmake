@@ -1,0 +1,8 @@
+# sida_cli_test(NAME [TIMEOUT seconds]): NAME.sh with the program as its argument.
+function(sida_cli_test name)
+  add_test(NAME cli_${name} COMMAND sh ${CMAKE_CURRENT_LIST_DIR}/${name}.sh $<TARGET_FILE:sida_cli>
+    WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
+  set_tests_properties(cli_${name} PROPERTIES LABELS cli TIMEOUT 600 SKIP_RETURN_CODE 77)
+endfunction()
+
+sida_cli_test(bad_input)

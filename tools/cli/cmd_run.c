@@ -1,0 +1,332 @@
+/* sida run: answers under a memory budget, and what that cost. */
+#include "formats/base/file.h"
+#include "runtime/sida.h"
+#include "tools/cli/cli.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+    KEY_ROUTING = 0x100,
+    KEY_BUDGET,
+    KEY_POLICY,
+    KEY_QUEUE,
+    KEY_NO_PREFETCH,
+    KEY_NO_COMPARE,
+    KEY_DIGEST,
+    KEY_JSON,
+    KEY_LIMIT,
+    KEY_MAX_TOKENS,
+    KEY_MAX_NEW_TOKENS,
+    KEY_TRUNCATE,
+    KEY_THREADS,
+    KEY_DEVICE
+};
+
+typedef struct options {
+    sida_engine_options engine;
+    sida_job job;
+    const char *output;
+    bool json;
+    FILE *answers; /* of --output */
+    char *temporary;
+    sida_progress progress;
+} options;
+
+static const struct argp_option argp_options[] = {
+    {0, 0, 0, 0, "What runs", 1},
+    {"model", 'm', "DIR", 0, "Hugging Face directory of the model", 1},
+    {"predictor", 'p', "P.h5", 0, "hash function of `sida train`; none: experts load on demand", 1},
+    {"format", 'f', "FORMAT", 0, "text, jsonl, tsv, sst2, mrpc or multirc", 1},
+    {"input", 'i', "FILE", 0, "the records, plain or gzip", 1},
+    {"limit", KEY_LIMIT, "N", 0, "stop after N records", 1},
+    {"max-tokens", KEY_MAX_TOKENS, "N", 0, "longest input in tokens (512)", 1},
+    {"truncate", KEY_TRUNCATE, 0, 0, "cut longer ones instead of refusing them", 1},
+    {"max-new-tokens", KEY_MAX_NEW_TOKENS, "N", 0, "longest answer in tokens (16)", 1},
+    {"batch", 'b', "N", 0, "sequences a batch (1)", 1},
+    {0, 0, 0, 0, "Which experts compute", 2},
+    {"routing", KEY_ROUTING, "KIND", 0,
+     "exact (default): the router decides, output never changes; guided: the router's best of the "
+     "predicted; predicted: the predictor decides",
+     2},
+    {"top-k", 'k', "K", 0, "experts predicted a token and layer (3)", 2},
+    {"no-compare", KEY_NO_COMPARE, 0, 0, "guided, predicted: leave the full model out", 2},
+    {0, 0, 0, 0, "Where experts live", 3},
+    {"budget", KEY_BUDGET, "B", 0,
+     "20% of all experts, 12-experts, or a size (2GiB) for everything on the device (100%)", 3},
+    {"policy", KEY_POLICY, "NAME", 0, "which expert gives way: lookahead (default), lru, fifo", 3},
+    {"queue", KEY_QUEUE, "N", 0, "batches predicted ahead (2)", 3},
+    {"no-prefetch", KEY_NO_PREFETCH, 0, 0, "load experts only when a layer needs them", 3},
+    {"device", KEY_DEVICE, "NAME", 0, "cpu", 3},
+    {"threads", KEY_THREADS, "N", 0, "CPU threads (all)", 3},
+    {0, 0, 0, 0, "What is printed", 4},
+    {"output", 'o', "FILE", 0, "write one answer a line", 4},
+    {"digest", KEY_DIGEST, 0, 0, "a hash of all raw logits", 4},
+    {"json", KEY_JSON, 0, 0, "print the report as JSON", 4},
+    {0}};
+
+static error_t parse_engine(int key, char *text, struct argp_state *state) {
+    sida_engine_options *e = &((options *)state->input)->engine;
+    switch (key) {
+    case 'm':
+        e->model = text;
+        return 0;
+    case 'p':
+        e->predictor = text;
+        return 0;
+    case 'b':
+        e->batch = (int32_t)sida_cli_i64(state, "--batch", text, 1, 4096);
+        return 0;
+    case 'k':
+        e->top_k = (int32_t)sida_cli_i64(state, "--top-k", text, 1, 65535);
+        return 0;
+    case KEY_ROUTING:
+        e->routing = text;
+        return 0;
+    case KEY_BUDGET:
+        e->budget = text;
+        return 0;
+    case KEY_POLICY:
+        e->policy = text;
+        return 0;
+    case KEY_DEVICE:
+        e->device = text;
+        return 0;
+    case KEY_QUEUE:
+        e->queue = (int32_t)sida_cli_i64(state, "--queue", text, 1, 1024);
+        return 0;
+    case KEY_NO_PREFETCH:
+        e->no_prefetch = true;
+        return 0;
+    case KEY_THREADS:
+        e->threads = (int32_t)sida_cli_i64(state, "--threads", text, 1, 1024);
+        return 0;
+    case KEY_MAX_TOKENS:
+        e->max_tokens = (int32_t)sida_cli_i64(state, "--max-tokens", text, 2, 65536);
+        return 0;
+    case KEY_MAX_NEW_TOKENS:
+        e->max_new_tokens = (int32_t)sida_cli_i64(state, "--max-new-tokens", text, 1, 65536);
+        return 0;
+    case KEY_TRUNCATE:
+        e->truncate = true;
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static error_t parse(int key, char *text, struct argp_state *state) {
+    options *o = state->input;
+    switch (key) {
+    case 'f':
+        o->job.format = text;
+        return 0;
+    case 'i':
+        o->job.input = text;
+        return 0;
+    case 'o':
+        o->output = text;
+        return 0;
+    case KEY_LIMIT:
+        o->job.limit = sida_cli_i64(state, "--limit", text, 1, INT64_MAX);
+        return 0;
+    case KEY_DIGEST:
+        o->job.digest = true;
+        return 0;
+    case KEY_NO_COMPARE:
+        o->job.no_compare = true;
+        return 0;
+    case KEY_JSON:
+        o->json = true;
+        return 0;
+    case ARGP_KEY_END:
+        sida_cli_require(state, "--model", o->engine.model);
+        sida_cli_require(state, "--format", o->job.format);
+        sida_cli_require(state, "--input", o->job.input);
+        return 0;
+    default:
+        return parse_engine(key, text, state);
+    }
+}
+
+/* --- while it runs */
+
+static sida_status on_answer(void *context, const sida_answer *answer) {
+    options *o = context;
+    if (!o->answers) return SIDA_OK;
+    /* One answer a line, whatever the model said. */
+    for (const char *c = answer->text; *c; c++)
+        putc(*c == '\n' || *c == '\r' ? ' ' : *c, o->answers);
+    if (putc('\n', o->answers) != EOF) return SIDA_OK;
+    return sida_fail(SIDA_ERROR_IO, "%s: %s", o->temporary, strerror(errno));
+}
+
+static sida_status on_progress(void *context, double fraction, int64_t tokens) {
+    options *o = context;
+    sida_progress_update(&o->progress, fraction, tokens, NULL);
+    if (!sida_cli_interrupted()) return SIDA_OK;
+    return sida_fail(SIDA_ERROR_CANCELLED, "interrupted");
+}
+
+static sida_status open_output(options *o) {
+    sida_status status = SIDA_OK;
+    if (!o->output) goto out;
+    SIDA_TRY(sida_file_check_writable(o->output));
+    SIDA_TRY(sida_file_temporary_name(&o->temporary, o->output));
+    o->answers = fopen(o->temporary, "w");
+    if (!o->answers) SIDA_FAIL(SIDA_ERROR_IO, "%s: %s", o->temporary, strerror(errno));
+out:
+    return status;
+}
+
+/* The file gets its name only when everything is in it. */
+static sida_status close_output(options *o, sida_status status) {
+    if (o->answers) {
+        bool failed = ferror(o->answers);
+        failed |= fclose(o->answers) != 0;
+        if (status == SIDA_OK && failed)
+            status = sida_fail(SIDA_ERROR_IO, "%s: %s", o->temporary, strerror(errno));
+        if (status == SIDA_OK)
+            status = sida_file_commit(o->temporary, o->output);
+        else
+            unlink(o->temporary);
+    }
+    free(o->temporary);
+    return status;
+}
+
+/* --- the report */
+
+static json_t *number(double value) {
+    return isnan(value) ? json_null() : json_real(value);
+}
+
+static json_t *report_json(const options *o, const sida_engine_facts *f, const sida_report *r) {
+    json_t *budget = json_pack(
+        "{s:s, s:I, s:I, s:I, s:I, s:I}", "asked", o->engine.budget ? o->engine.budget : "100%",
+        "cap_bytes", (json_int_t)f->cap_bytes, "dense_bytes", (json_int_t)f->dense_bytes,
+        "workspace_bytes", (json_int_t)f->workspace_bytes, "predictor_bytes",
+        (json_int_t)f->predictor_bytes, "slot_bytes", (json_int_t)f->slot_bytes);
+    json_t *all = json_pack(
+        "{s:s, s:o, s:o, s:o, s:I, s:o, s:o}", "routing", o->engine.routing, "score",
+        number(r->score), "full_score", number(r->full_score), "fidelity", number(r->fidelity),
+        "label_flips", (json_int_t)r->label_flips, "allowed_share_encoder",
+        number(r->allowed_share[0]), "allowed_share_decoder", number(r->allowed_share[1]));
+    json_t *work =
+        json_pack("{s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:{s:f, s:f, s:f}}", "batches",
+                  (json_int_t)r->batches, "sequences", (json_int_t)r->sequences, "tokens",
+                  (json_int_t)(r->input_tokens + r->generated_tokens), "input_tokens",
+                  (json_int_t)r->input_tokens, "generated_tokens", (json_int_t)r->generated_tokens,
+                  "seconds", r->seconds, "tokens_per_s", r->tokens_per_s, "latency_ms", "p50",
+                  r->latency_ms_p50, "p90", r->latency_ms_p90, "p99", r->latency_ms_p99);
+    json_t *memory = json_pack(
+        "{s:I, s:o, s:i, s:i, s:i, s:i}", "device_bytes_peak", (json_int_t)r->device_bytes_peak,
+        "budget", budget, "experts", (int)f->experts, "slots", (int)f->slots, "experts_resident",
+        (int)r->experts_resident, "experts_resident_peak", (int)r->experts_resident_peak);
+    json_t *moves = json_pack(
+        "{s:s, s:b, s:I, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:{s:f, s:f}}", "policy",
+        o->engine.policy, "prefetch", !o->engine.no_prefetch && o->engine.predictor, "hits",
+        (json_int_t)r->hits, "late_prefetches", (json_int_t)r->late_prefetches, "demand_loads",
+        (json_int_t)r->demand_loads, "hit_rate", number(r->hit_rate), "prefetch_loads",
+        (json_int_t)r->prefetch_loads, "dropped_prefetches", (json_int_t)r->dropped_prefetches,
+        "bytes_moved", (json_int_t)r->bytes_moved, "bytes_wasted", (json_int_t)r->bytes_wasted,
+        "wait_ms", "inference", r->wait_ms_inference, "hash", r->wait_ms_hash);
+    json_object_update(all, work);
+    json_object_update(all, memory);
+    json_object_update(all, moves);
+    json_decref(work);
+    json_decref(memory);
+    json_decref(moves);
+    if (o->job.digest) json_object_set_new(all, "digest", json_string(r->digest));
+    return all;
+}
+
+static void print_share(const char *name, double value) {
+    if (isnan(value))
+        printf("%-18s -\n", name);
+    else
+        printf("%-18s %.2f %%\n", name, value * 100);
+}
+
+static void print_table(const options *o, const sida_engine_facts *f, const sida_report *r) {
+    double mib = 1.0 / (1 << 20);
+    print_share("score", r->score);
+    print_share("full model", r->full_score);
+    print_share("fidelity", r->fidelity);
+    if (r->label_flips >= 0) printf("%-18s %" PRId64 "\n", "answers changed", r->label_flips);
+    if (!isnan(r->allowed_share[0])) {
+        print_share("allowed, encoder", r->allowed_share[0]);
+        print_share("allowed, decoder", r->allowed_share[1]);
+    }
+    printf("%-18s %" PRId64 " in %" PRId64 " batches, %" PRId64 " input and %" PRId64
+           " generated tokens\n",
+           "sequences", r->sequences, r->batches, r->input_tokens, r->generated_tokens);
+    printf("%-18s %.1f\n", "tokens/s", r->tokens_per_s);
+    printf("%-18s p50 %.2f  p90 %.2f  p99 %.2f ms a batch\n", "latency", r->latency_ms_p50,
+           r->latency_ms_p90, r->latency_ms_p99);
+    printf("%-18s %.2f MiB at peak, cap %.2f = %.2f dense + %.2f workspace + %.2f predictor + "
+           "%d slots of %.3f\n",
+           "device", (double)r->device_bytes_peak * mib, (double)f->cap_bytes * mib,
+           (double)f->dense_bytes * mib, (double)f->workspace_bytes * mib,
+           (double)f->predictor_bytes * mib, f->slots, (double)f->slot_bytes * mib);
+    printf("%-18s %d resident of %d (%d slots, %s)\n", "experts", r->experts_resident, f->experts,
+           f->slots, o->engine.policy);
+    printf("%-18s %" PRId64 " hits, %" PRId64 " late prefetches, %" PRId64 " demand loads\n",
+           "needed", r->hits, r->late_prefetches, r->demand_loads);
+    print_share("hit rate", r->hit_rate);
+    printf("%-18s %" PRId64 " loaded, %" PRId64 " dropped\n", "prefetches", r->prefetch_loads,
+           r->dropped_prefetches);
+    printf("%-18s %.2f MiB, %.2f of it wasted\n", "moved", (double)r->bytes_moved * mib,
+           (double)r->bytes_wasted * mib);
+    printf("%-18s inference %.1f ms, hash building %.1f ms\n", "waits", r->wait_ms_inference,
+           r->wait_ms_hash);
+    if (o->job.digest) printf("%-18s %s\n", "digest", r->digest);
+}
+
+static sida_status run(options *o) {
+    sida_engine *engine = NULL;
+    sida_engine_facts facts;
+    sida_report report;
+    sida_status status = SIDA_OK;
+    SIDA_TRY(open_output(o));
+    SIDA_TRY(sida_engine_open(&engine, &o->engine));
+    sida_engine_get_facts(engine, &facts);
+    o->job.on_answer = on_answer;
+    o->job.on_progress = on_progress;
+    o->job.context = o;
+    o->progress = sida_progress_begin("run", "tokens");
+    status = sida_engine_run(engine, &o->job, &report);
+    sida_progress_end(&o->progress);
+out:
+    status = close_output(o, status);
+    sida_engine_close(engine);
+    if (status != SIDA_OK) return status;
+    if (o->json) return sida_cli_print_json(report_json(o, &facts, &report));
+    print_table(o, &facts, &report);
+    return sida_cli_flush();
+}
+
+int sida_cmd_run(int argc, char **argv) {
+    options o = {.engine = SIDA_ENGINE_OPTIONS_INIT, .job = SIDA_JOB_INIT};
+    const struct argp argp = {argp_options,
+                              parse,
+                              NULL,
+                              "Answers every record of a file with only a part of the model's "
+                              "experts on the device.\v"
+                              "With exact routing the answers are those of the full model, byte "
+                              "for byte, whatever the budget, policy, queue or prefetching.",
+                              NULL,
+                              NULL,
+                              NULL};
+    sida_cli_parse(&argp, argc, argv, &o);
+    sida_cli_catch_signals();
+    sida_status status = run(&o);
+    sida_cli_report(status);
+    if (status == SIDA_OK) return SIDA_EXIT_OK;
+    return status == SIDA_ERROR_ARGUMENT ? SIDA_EXIT_USAGE : SIDA_EXIT_FAILURE;
+}

@@ -1,0 +1,194 @@
+/* sida train: fits a hash function to a trace. */
+#include "tools/cli/cli.h"
+#include "trainer/train.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct options {
+    sida_train_options train;
+    sida_progress progress;
+    int64_t threads;
+    bool json;
+} options;
+
+enum {
+    KEY_TRACE = 256,
+    KEY_VALID,
+    KEY_OUTPUT,
+    KEY_EPOCHS,
+    KEY_LR,
+    KEY_BATCH,
+    KEY_LAMBDA,
+    KEY_TOP,
+    KEY_HIDDEN,
+    KEY_SEED,
+    KEY_RESUME,
+    KEY_TKD,
+    KEY_WEIGHT_DECAY,
+    KEY_WARMUP,
+    KEY_CLIP,
+    KEY_SCHEDULE,
+    KEY_THREADS,
+    KEY_JSON,
+    KEY_CHECKPOINT_EVERY
+};
+
+static const struct argp_option argp_options[] = {
+    {"trace", KEY_TRACE, "FILE", 0, "trace to learn from", 0},
+    {"valid", KEY_VALID, "FILE", 0, "trace to measure on after each epoch", 0},
+    {"output", KEY_OUTPUT, "FILE", 0, "where the predictor goes", 0},
+    {"epochs", KEY_EPOCHS, "N", 0, "passes over the trace (30)", 1},
+    {"lr", KEY_LR, "X", 0, "learning rate (0.005)", 1},
+    {"batch", KEY_BATCH, "N", 0, "sequences a step (16)", 1},
+    {"lambda", KEY_LAMBDA, "X", 0, "weight of the cross-entropy against the router's choice (0.5)",
+     1},
+    {"top", KEY_TOP, "T", 0, "experts of a token that are distilled (all in the trace)", 1},
+    {"hidden", KEY_HIDDEN, "N", 0,
+     "width of the predictor (a third of d_model, rounded up to a multiple of 64)", 1},
+    {"seed", KEY_SEED, "N", 0, "same seed, same bytes (0)", 1},
+    {"tkd", KEY_TKD, "KIND", 0,
+     "distillation: rest (cross-entropy, what is left of the mass as a class; the default) or "
+     "l1-renorm (the paper's; its row is --tkd l1-renorm --lambda 0.005)",
+     1},
+    {"schedule", KEY_SCHEDULE, "KIND", 0, "learning rate: cosine (default) or constant", 1},
+    {"warmup", KEY_WARMUP, "N", 0, "steps of rising learning rate (100)", 1},
+    {"weight-decay", KEY_WEIGHT_DECAY, "X", 0, "AdamW's weight decay (0.01)", 1},
+    {"clip", KEY_CLIP, "X", 0, "largest gradient norm, 0: no limit (1)", 1},
+    {"resume", KEY_RESUME, NULL, 0,
+     "continue from OUTPUT.checkpoint, to the same bytes; without one, start", 2},
+    {"checkpoint-every", KEY_CHECKPOINT_EVERY, "N", 0,
+     "steps between checkpoints (0: one after each epoch)", 2},
+    {"threads", KEY_THREADS, "N", 0, "CPU threads; the result does not depend on it", 2},
+    {"json", KEY_JSON, NULL, 0, "print a summary to standard output", 2},
+    {0}};
+
+static int32_t count(struct argp_state *state, const char *option, const char *text, int64_t low) {
+    return (int32_t)sida_cli_i64(state, option, text, low, 1 << 30);
+}
+
+/* The index of `text` in a list of two names. */
+static int choice(struct argp_state *state, const char *option, const char *text, const char *first,
+                  const char *second) {
+    if (strcmp(text, first) == 0) return 0;
+    if (strcmp(text, second) == 0) return 1;
+    fprintf(stderr, "%s: %s '%.40s': expected %s or %s (see %s --help)\n", state->name, option,
+            text, first, second, state->name);
+    exit(SIDA_EXIT_USAGE);
+}
+
+static error_t parse(int key, char *text, struct argp_state *state) {
+    options *o = state->input;
+    sida_train_options *t = &o->train;
+    switch (key) {
+    case KEY_TRACE:
+        t->trace = text;
+        return 0;
+    case KEY_VALID:
+        t->valid = text;
+        return 0;
+    case KEY_OUTPUT:
+        t->output = text;
+        return 0;
+    case KEY_EPOCHS:
+        t->epochs = (int32_t)sida_cli_i64(state, "--epochs", text, 1, 100000);
+        return 0;
+    case KEY_LR:
+        t->lr = sida_cli_f64(state, "--lr", text, 1e-12, 100);
+        return 0;
+    case KEY_BATCH:
+        t->batch = count(state, "--batch", text, 1);
+        return 0;
+    case KEY_LAMBDA:
+        t->lambda = sida_cli_f64(state, "--lambda", text, 0, 1e6);
+        return 0;
+    case KEY_TOP:
+        t->top = (int32_t)sida_cli_i64(state, "--top", text, 1, 65535);
+        return 0;
+    case KEY_HIDDEN:
+        t->hidden = (int32_t)sida_cli_i64(state, "--hidden", text, 1, 16384);
+        return 0;
+    case KEY_SEED:
+        t->seed = sida_cli_i64(state, "--seed", text, 0, INT64_MAX);
+        return 0;
+    case KEY_RESUME:
+        t->resume = true;
+        return 0;
+    case KEY_TKD:
+        t->tkd =
+            choice(state, "--tkd", text, "rest", "l1-renorm") ? SIDA_TKD_L1_RENORM : SIDA_TKD_REST;
+        return 0;
+    case KEY_WEIGHT_DECAY:
+        t->weight_decay = sida_cli_f64(state, "--weight-decay", text, 0, 100);
+        return 0;
+    case KEY_WARMUP:
+        t->warmup = count(state, "--warmup", text, 0);
+        return 0;
+    case KEY_CLIP:
+        t->clip = sida_cli_f64(state, "--clip", text, 0, 1e12);
+        return 0;
+    case KEY_SCHEDULE:
+        t->schedule = choice(state, "--schedule", text, "cosine", "constant")
+                          ? SIDA_SCHEDULE_CONSTANT
+                          : SIDA_SCHEDULE_COSINE;
+        return 0;
+    case KEY_THREADS:
+        o->threads = sida_cli_i64(state, "--threads", text, 1, 1024);
+        return 0;
+    case KEY_JSON:
+        o->json = true;
+        return 0;
+    case KEY_CHECKPOINT_EVERY:
+        t->checkpoint_every = count(state, "--checkpoint-every", text, 0);
+        return 0;
+    case ARGP_KEY_END:
+        sida_cli_require(state, "--trace", t->trace);
+        sida_cli_require(state, "--valid", t->valid);
+        sida_cli_require(state, "--output", t->output);
+        return 0;
+    default:
+        return ARGP_ERR_UNKNOWN;
+    }
+}
+
+static sida_status on_step(void *context, double fraction, int64_t tokens) {
+    options *o = context;
+    sida_progress_update(&o->progress, fraction, tokens, NULL);
+    if (sida_cli_interrupted()) return sida_fail(SIDA_ERROR_CANCELLED, "stopped");
+    return SIDA_OK;
+}
+
+static void on_epoch(void *context, const sida_train_epoch *epoch) {
+    options *o = context;
+    const sida_scores *valid = &epoch->valid->overall;
+    if (o->progress.on) fputs("\r\033[K", stderr);
+    fprintf(stderr, "epoch %d/%d  loss %.4f  valid hit@1 %.2f %%  hit@3 %.2f %%  %.1f s\n",
+            epoch->epoch, epoch->epochs, epoch->loss, valid->hit[0], valid->hit[1], epoch->seconds);
+}
+
+int sida_cmd_train(int argc, char **argv) {
+    options o = {.train = sida_train_defaults()};
+    const struct argp argp = {
+        argp_options,
+        parse,
+        NULL,
+        "Trains a predictor of a model's experts on a trace of it. OUTPUT holds the weights of the "
+        "epoch with the best hit@1 on the validation trace, the curve and the configuration. The "
+        "defaults are those measured best on the sample model; figures are in trainer/README.md.",
+        NULL,
+        NULL,
+        NULL};
+    sida_cli_parse(&argp, argc, argv, &o);
+    sida_cli_set_threads(o.threads);
+    sida_cli_catch_signals();
+    o.train.on_step = on_step;
+    o.train.on_epoch = on_epoch;
+    o.train.context = &o;
+    o.progress = sida_progress_begin("train", "tokens");
+    json_t *summary = NULL;
+    sida_status status = sida_train(&o.train, o.json ? &summary : NULL);
+    sida_progress_end(&o.progress);
+    if (status == SIDA_OK && summary) status = sida_cli_print_json(summary);
+    return sida_cli_report(status);
+}
