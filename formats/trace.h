@@ -48,6 +48,11 @@ typedef struct sida_trace_rows {
     uint16_t *top_logp; /* [n, L, T], fp16 bits */
 } sida_trace_rows;
 
+/* Room for `tokens` rows of L = layers, k = top_k, T = top. */
+sida_status sida_trace_rows_alloc(sida_trace_rows *rows, int32_t layers, int32_t top_k, int32_t top,
+                                  int64_t tokens);
+void sida_trace_rows_free(sida_trace_rows *rows);
+
 /* --- writing: a part holds whole batches; a merge of parts is a trace. */
 typedef struct sida_trace_writer sida_trace_writer;
 

@@ -354,28 +354,33 @@ out:
 
 /* --- the whole */
 
-/* Buffers for `tokens` tokens of a side; free_rows(). */
-static sida_status alloc_rows(sida_trace_rows *rows, const sida_trace_info *info, int side,
-                              int64_t tokens) {
-    size_t cells = (size_t)tokens * (size_t)info->layers[side];
+sida_status sida_trace_rows_alloc(sida_trace_rows *rows, int32_t layers, int32_t top_k, int32_t top,
+                                  int64_t tokens) {
+    size_t cells;
     sida_status status = SIDA_OK;
+    *rows = (sida_trace_rows){0};
+    if (sida_mul_overflow((size_t)tokens, (size_t)layers, &cells))
+        SIDA_FAIL(SIDA_ERROR_MEMORY, "a trace's rows: %lld tokens of %d layers are too many",
+                  (long long)tokens, layers);
     SIDA_TRY(SIDA_ALLOC(&rows->tokens, tokens, "tokens"));
-    SIDA_TRY(SIDA_ALLOC(&rows->experts, cells * (size_t)info->top_k, "experts"));
-    SIDA_TRY(SIDA_ALLOC(&rows->alpha, cells * (size_t)info->top_k, "factors"));
+    SIDA_TRY(SIDA_ALLOC(&rows->experts, cells * (size_t)top_k, "experts"));
+    SIDA_TRY(SIDA_ALLOC(&rows->alpha, cells * (size_t)top_k, "factors"));
     SIDA_TRY(SIDA_ALLOC(&rows->dropped, cells, "flags"));
-    SIDA_TRY(SIDA_ALLOC(&rows->top_ids, cells * (size_t)info->top, "top experts"));
-    SIDA_TRY(SIDA_ALLOC(&rows->top_logp, cells * (size_t)info->top, "log-probabilities"));
+    SIDA_TRY(SIDA_ALLOC(&rows->top_ids, cells * (size_t)top, "top experts"));
+    SIDA_TRY(SIDA_ALLOC(&rows->top_logp, cells * (size_t)top, "log-probabilities"));
 out:
+    if (status != SIDA_OK) sida_trace_rows_free(rows);
     return status;
 }
 
-static void free_rows(sida_trace_rows *rows) {
+void sida_trace_rows_free(sida_trace_rows *rows) {
     free(rows->tokens);
     free(rows->experts);
     free(rows->alpha);
     free(rows->dropped);
     free(rows->top_ids);
     free(rows->top_logp);
+    *rows = (sida_trace_rows){0};
 }
 
 /* One token and layer: distinct experts, and log-probabilities that are finite, at most 0 (a bit
@@ -406,7 +411,7 @@ static sida_status check_side(sida_trace *trace, int side, uint8_t *seen, uint8_
     int64_t tokens = info->tokens[side], block = tokens < CHECK_TOKENS ? tokens : CHECK_TOKENS;
     sida_status status = SIDA_OK;
     sida_trace_rows rows = {0};
-    SIDA_TRY(alloc_rows(&rows, info, side, block));
+    SIDA_TRY(sida_trace_rows_alloc(&rows, info->layers[side], info->top_k, info->top, block));
     for (int64_t first = 0; first < tokens; first += block) {
         int64_t count = tokens - first < block ? tokens - first : block;
         SIDA_TRY(sida_trace_read(trace, side, first, count, &rows));
@@ -421,7 +426,7 @@ static sida_status check_side(sida_trace *trace, int side, uint8_t *seen, uint8_
         }
     }
 out:
-    free_rows(&rows);
+    sida_trace_rows_free(&rows);
     return status;
 }
 

@@ -112,27 +112,15 @@ typedef struct merge {
 static sida_status merge_alloc(merge *m) {
     const sida_trace_info *info = m->info;
     int32_t most = info->layers[0] > info->layers[1] ? info->layers[0] : info->layers[1];
-    size_t n = (size_t)block_rows * (size_t)most;
     sida_status status = SIDA_OK;
-    const char *what = "merging a trace's parts";
-    SIDA_TRY(SIDA_ALLOC(&m->rows.tokens, block_rows, what));
-    SIDA_TRY(SIDA_ALLOC(&m->rows.experts, n * (size_t)info->top_k, what));
-    SIDA_TRY(SIDA_ALLOC(&m->rows.alpha, n * (size_t)info->top_k, what));
-    SIDA_TRY(SIDA_ALLOC(&m->rows.dropped, n, what));
-    SIDA_TRY(SIDA_ALLOC(&m->rows.top_ids, n * (size_t)info->top, what));
-    SIDA_TRY(SIDA_ALLOC(&m->rows.top_logp, n * (size_t)info->top, what));
-    SIDA_TRY(SIDA_ALLOC(&m->seen, info->vocabulary, what));
+    SIDA_TRY(sida_trace_rows_alloc(&m->rows, most, info->top_k, info->top, block_rows));
+    SIDA_TRY(SIDA_ALLOC(&m->seen, info->vocabulary, "merging a trace's parts"));
 out:
     return status;
 }
 
 static void merge_free(merge *m) {
-    free(m->rows.tokens);
-    free(m->rows.experts);
-    free(m->rows.alpha);
-    free(m->rows.dropped);
-    free(m->rows.top_ids);
-    free(m->rows.top_logp);
+    sida_trace_rows_free(&m->rows);
     free(m->seen);
 }
 

@@ -6,16 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void free_rows(sida_trace_rows *rows) {
-    free(rows->tokens);
-    free(rows->experts);
-    free(rows->alpha);
-    free(rows->dropped);
-    free(rows->top_ids);
-    free(rows->top_logp);
-    *rows = (sida_trace_rows){0};
-}
-
 sida_status sida_recorder_init(sida_recorder *recorder, const sida_model_info *info, int32_t top) {
     *recorder = (sida_recorder){.experts = info->experts,
                                 .top_k = info->top_k,
@@ -25,7 +15,7 @@ sida_status sida_recorder_init(sida_recorder *recorder, const sida_model_info *i
 }
 
 void sida_recorder_free(sida_recorder *recorder) {
-    free_rows(&recorder->rows);
+    sida_trace_rows_free(&recorder->rows);
     free(recorder->order);
 }
 
@@ -37,17 +27,9 @@ sida_status sida_recorder_start(sida_recorder *recorder, int side, int64_t rows,
     if (rows <= recorder->capacity) return SIDA_OK;
     int32_t most =
         recorder->layers[0] > recorder->layers[1] ? recorder->layers[0] : recorder->layers[1];
-    size_t n = (size_t)rows * (size_t)most, k = (size_t)recorder->top_k,
-           top = (size_t)recorder->top;
-    const char *what = "a batch's router activations";
     recorder->capacity = 0;
-    free_rows(&recorder->rows);
-    SIDA_TRY(SIDA_ALLOC(&recorder->rows.tokens, rows, what));
-    SIDA_TRY(SIDA_ALLOC(&recorder->rows.experts, n * k, what));
-    SIDA_TRY(SIDA_ALLOC(&recorder->rows.alpha, n * k, what));
-    SIDA_TRY(SIDA_ALLOC(&recorder->rows.dropped, n, what));
-    SIDA_TRY(SIDA_ALLOC(&recorder->rows.top_ids, n * top, what));
-    SIDA_TRY(SIDA_ALLOC(&recorder->rows.top_logp, n * top, what));
+    sida_trace_rows_free(&recorder->rows);
+    SIDA_TRY(sida_trace_rows_alloc(&recorder->rows, most, recorder->top_k, recorder->top, rows));
     recorder->capacity = rows;
 out:
     return status;
