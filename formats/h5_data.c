@@ -177,9 +177,12 @@ static herr_t transfer(hid_t dataset, sida_h5_type type, int rank, const hsize_t
     if (result >= 0)
         result = into ? H5Dread(dataset, kind, memory, space, H5P_DEFAULT, into)
                       : H5Dwrite(dataset, kind, memory, space, H5P_DEFAULT, from);
+    /* Every call forgets the errors of the one before: keep the reason past the closing. */
+    hid_t reason = result < 0 ? H5Eget_current_stack() : H5I_INVALID_HID;
     H5Tclose(kind);
     H5Sclose(memory);
     H5Sclose(space);
+    if (reason >= 0) H5Eset_current_stack(reason);
     return result;
 }
 

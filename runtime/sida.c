@@ -62,11 +62,6 @@ static sida_status check_options(sida_engine *engine, const sida_engine_options 
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "engine options of version %u: this library knows %d",
                   o->version, SIDA_ENGINE_OPTIONS_VERSION);
     if (!o->model) SIDA_FAIL(SIDA_ERROR_ARGUMENT, "no model directory is given");
-    if (o->device && strcmp(o->device, "cuda") == 0)
-        SIDA_FAIL(SIDA_ERROR_UNSUPPORTED,
-                  "device cuda: this build has no CUDA back-end yet; use --device cpu");
-    if (o->device && strcmp(o->device, "cpu") != 0)
-        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "device '%.40s': expected cpu", o->device);
     engine->policy = sida_policy_find(o->policy ? o->policy : "lookahead");
     if (!engine->policy)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "policy '%.40s': expected one of %s", o->policy,
@@ -96,7 +91,7 @@ static sida_status open_predictor(sida_engine *engine) {
     if (!o->predictor) goto out;
     SIDA_TRY(check_number("top-k", o->top_k, info->top_k, info->experts));
     SIDA_TRY(sida_hash_source_open(&engine->source, o->predictor,
-                                   sida_model_embedding(engine->model), info->fingerprint));
+                                   sida_model_embedding_host(engine->model), info->fingerprint));
     const sida_hash_source_info *made = &engine->source->info;
     if (made->experts != info->experts || made->layers[0] != info->moe_layers[0] ||
         made->layers[1] != info->moe_layers[1])
@@ -116,6 +111,12 @@ out:
     return status;
 }
 
+/* The predictor computes in the host's memory, which on the CPU is the device's. */
+static size_t predictor_bytes(const sida_engine *engine) {
+    bool counts = strcmp(engine->backend->table->name, "cpu") == 0;
+    return engine->source && counts ? engine->source->info.bytes : 0;
+}
+
 static sida_status divide_memory(sida_engine *engine, const sida_budget *budget) {
     const sida_engine_options *o = &engine->options;
     const sida_model_info *info = sida_model_get_info(engine->model);
@@ -133,7 +134,7 @@ static sida_status divide_memory(sida_engine *engine, const sida_budget *budget)
         .slot_bytes = sida_store_slot_bytes(info->expert_bytes),
         .dense_bytes = before.used_bytes,
         .workspace_bytes = workspace_bytes,
-        .predictor_bytes = engine->source ? engine->source->info.bytes : 0,
+        .predictor_bytes = predictor_bytes(engine),
     };
     size_t cap_bytes;
     int32_t slots;
@@ -149,6 +150,7 @@ static sida_status divide_memory(sida_engine *engine, const sida_budget *budget)
         .workspace_bytes = after.used_bytes - before.used_bytes,
         .predictor_bytes = needs.predictor_bytes,
         .cap_bytes = cap_bytes,
+        .device = engine->backend->table->name,
     };
 out:
     return status;
@@ -162,7 +164,7 @@ sida_status sida_engine_open(sida_engine **out, const sida_engine_options *optio
     sida_status status = SIDA_ALLOC(&engine, 1, "an engine");
     if (status != SIDA_OK) return status;
     SIDA_TRY(check_options(engine, options, &budget));
-    SIDA_TRY(sida_backend_create_cpu(&engine->backend, NULL));
+    SIDA_TRY(sida_backend_create_named(&engine->backend, options->device));
     SIDA_TRY(sida_path_join(&path, options->model, "spiece.model"));
     SIDA_TRY(sida_tokenizer_open(&engine->tokenizer, path));
     SIDA_TRY(sida_model_open(&engine->model, engine->backend, options->model));

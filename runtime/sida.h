@@ -67,9 +67,10 @@ typedef struct sida_engine_options {
     uint32_t version;
     const char *model;     /* Hugging Face directory, with spiece.model */
     const char *predictor; /* P.h5 of `sida train`; NULL: experts are loaded on demand only */
-    const char *device;    /* "cpu" */
+    const char *device;    /* "cpu", "cuda", or "auto" (NULL too): cuda where a GPU is present */
     /* Device memory for experts: "20%" of all experts, "12-experts", or a size such as "2GiB" that
-     * caps everything on the device. NULL: all experts. */
+     * caps everything that this library allocates on the device (with cuda, the driver's context
+     * and cuBLAS's own memory come on top of it). NULL: all experts. */
     const char *budget;
     const char *policy;  /* "lookahead", "lru", "fifo": which expert gives way */
     const char *routing; /* "exact": the router decides, output never changes; "guided": the best of
@@ -86,7 +87,7 @@ typedef struct sida_engine_options {
 
 #define SIDA_ENGINE_OPTIONS_INIT                                                                   \
     {                                                                                              \
-        .version = SIDA_ENGINE_OPTIONS_VERSION, .device = "cpu", .policy = "lookahead",            \
+        .version = SIDA_ENGINE_OPTIONS_VERSION, .device = "auto", .policy = "lookahead",           \
         .routing = "exact", .top_k = 3, .queue = 2, .batch = 1, .max_tokens = 512,                 \
         .max_new_tokens = 16                                                                       \
     }
@@ -104,8 +105,9 @@ typedef struct sida_engine_facts {
     uint64_t slot_bytes;      /* one of them */
     uint64_t dense_bytes;     /* weights that are always there */
     uint64_t workspace_bytes; /* activations and caches */
-    uint64_t predictor_bytes;
-    uint64_t cap_bytes; /* on all of it, enforced */
+    uint64_t predictor_bytes; /* on the device: 0 with cuda, where the host predicts */
+    uint64_t cap_bytes;       /* on all of it, enforced */
+    const char *device;       /* "cpu", "cuda" */
 } sida_engine_facts;
 SIDA_API void sida_engine_get_facts(const sida_engine *engine, sida_engine_facts *out);
 

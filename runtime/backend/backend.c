@@ -2,6 +2,15 @@
 #include "runtime/backend/backend.h"
 
 #include <assert.h>
+#include <string.h>
+
+sida_status sida_backend_create_named(sida_backend **out, const char *device) {
+    *out = NULL;
+    if (!device || strcmp(device, "auto") == 0) device = sida_cuda_present() ? "cuda" : "cpu";
+    if (strcmp(device, "cuda") == 0) return sida_backend_create_cuda(out, NULL);
+    if (strcmp(device, "cpu") == 0) return sida_backend_create_cpu(out, NULL);
+    return sida_fail(SIDA_ERROR_ARGUMENT, "device '%.40s': expected cpu, cuda or auto", device);
+}
 
 void sida_backend_destroy(sida_backend *backend) {
     if (backend) backend->table->destroy(backend);

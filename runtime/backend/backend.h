@@ -87,6 +87,22 @@ typedef struct sida_cpu_options {
 
 /* options may be NULL. */
 sida_status sida_backend_create_cpu(sida_backend **out, const sida_cpu_options *options);
+
+typedef struct sida_cuda_options {
+    int32_t device; /* as CUDA counts them, from 0 */
+    bool poison;    /* tests: device memory starts as NaN bytes (0xff) */
+} sida_cuda_options;
+
+/* True when CUDA is built in, a driver runs and there is a GPU. */
+bool sida_cuda_present(void);
+/* options may be NULL: the first device. The cap and the usage count what buffers take; the
+ * driver's context and the libraries' own allocations come on top. Errors: UNSUPPORTED (built
+ * without CUDA), DEVICE (no GPU, no driver or one too old), ARGUMENT (no such device). */
+sida_status sida_backend_create_cuda(sida_backend **out, const sida_cuda_options *options);
+
+/* "cpu", "cuda", or "auto" (NULL too): cuda where one is present, else cpu. ARGUMENT for others. */
+sida_status sida_backend_create_named(sida_backend **out, const char *device);
+
 /* All buffers, streams and events must be gone. Takes NULL. */
 void sida_backend_destroy(sida_backend *backend);
 

@@ -45,6 +45,7 @@ static sida_status attend(sida_run *run, const float *k, const float *v, const i
                                 .sequences = run->sequences,
                                 .heads = config->info.heads,
                                 .d_kv = config->info.d_kv,
+                                .rows = tokens,
                                 .q_start = device->index.q_start,
                                 .k_start = k_start,
                                 .q_count = device->index.q_count,

@@ -117,6 +117,7 @@ static sida_status place_dense(loader *load) {
     int32_t site = 0;
     SIDA_TRY(place(load, &model->embedding, SIDA_TENSOR_EMBEDDING, 0, 0, info->vocabulary,
                    info->d_model));
+    model->embedding_host = load->placements[load->count - 1].view->data;
     SIDA_TRY(check_copies_of_embedding(load));
     if (!model->config.tied)
         SIDA_TRY(
@@ -323,4 +324,10 @@ const void *sida_model_expert(const sida_model *model, int32_t global_expert) {
 
 sida_weight sida_model_embedding(const sida_model *model) {
     return model->embedding;
+}
+
+sida_weight sida_model_embedding_host(const sida_model *model) {
+    sida_weight embedding = model->embedding;
+    if (strcmp(model->backend->table->name, "cpu") != 0) embedding.data = model->embedding_host;
+    return embedding;
 }

@@ -44,6 +44,9 @@ const sida_checkpoint *sida_model_checkpoint(const sida_model *model);
 const void *sida_model_expert(const sida_model *model, int32_t global_expert);
 /* The input embedding on the device, [vocabulary, d_model]. */
 sida_weight sida_model_embedding(const sida_model *model);
+/* The same in memory that the host reads: on the CPU the device's, else the checkpoint's file as it
+ * is mapped, while the model lives. */
+sida_weight sida_model_embedding_host(const sida_model *model);
 
 /* What one MoE layer is about to do. Arrays are host arrays owned by the run. */
 typedef struct sida_moe_call {

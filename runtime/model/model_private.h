@@ -22,6 +22,7 @@ struct sida_model {
     sida_buffer *dense; /* every weight but the experts' */
     sida_buffer *slab;  /* the experts, on the host */
     sida_weight embedding, head, final_norm[2], bias[2];
+    const void *embedding_host; /* in the checkpoint */
     sida_block *blocks[2];
 };
 

@@ -144,7 +144,10 @@ size_t sida_run_bytes(const sida_model *model, const sida_run_limits *limits) {
     layout at = {0};
     if (!limits_are_sane(limits)) return SIZE_MAX;
     lay_device(&device, &at, model, limits);
-    return at.overflow ? SIZE_MAX : at.high;
+    size_t bytes;
+    if (at.overflow || sida_add_overflow(at.high, model->ops->stream_bytes, &bytes))
+        return SIZE_MAX;
+    return bytes;
 }
 
 sida_status sida_run_create(sida_run **out, sida_model *model, const sida_run_limits *limits) {
@@ -158,6 +161,7 @@ sida_status sida_run_create(sida_run **out, sida_model *model, const sida_run_li
                   limits->sequences, (long long)limits->input_tokens,
                   (long long)limits->step_tokens, limits->decoder_positions);
     size_t bytes = sida_run_bytes(model, limits);
+    if (bytes < SIZE_MAX) bytes -= model->ops->stream_bytes; /* prepare takes these */
     SIDA_TRY(SIDA_ALLOC(&run, 1, "a run"));
     run->model = model;
     run->ops = model->ops;
@@ -176,6 +180,7 @@ sida_status sida_run_create(sida_run **out, sida_model *model, const sida_run_li
     run->index_ids_bytes = lay_host(&run->host, &at, model, limits);
     for (int32_t s = 0; s < limits->sequences; s++) run->host.zeros[s] = 0;
     SIDA_TRY(sida_stream_create(model->backend, &run->stream, SIDA_STREAM_COMPUTE));
+    if (run->ops->prepare) SIDA_TRY(run->ops->prepare(run->stream));
     *out = run;
     run = NULL;
 out:

@@ -14,6 +14,9 @@ typedef struct sida_attention_call {
     const float *q, *k, *v; /* leading dimensions ldq, ldk, ldv */
     int64_t ldo, ldq, ldk, ldv;
     int32_t sequences, heads, d_kv;
+    /* Queries of all sequences together, as far as the host knows: says how a device spreads the
+     * work, not what is computed. */
+    int64_t rows;
     const int64_t *q_start, *k_start; /* [sequences] */
     const int32_t *q_count, *k_count; /* [sequences] */
     const int32_t *q_position;        /* [sequences]; NULL: 0 */

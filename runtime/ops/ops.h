@@ -2,9 +2,10 @@
  * header; pointers are device pointers of the stream's back-end, index arrays included. An op may
  * return before it has finished; on the CPU it never does.
  *
- * Every op here computes a token's row from that token's data alone, in an order that does not
- * depend on which other rows are in the call, nor on the number of threads: a sequence gives the
- * same bytes alone and in a batch. */
+ * Every op of the CPU computes a token's row from that token's data alone, in an order that does
+ * not depend on which other rows are in the call, nor on the number of threads: a sequence gives
+ * the same bytes alone and in a batch. CUDA's ops give the same bytes for the same batch
+ * (ops_cuda.h). */
 #ifndef SIDA_RUNTIME_OPS_OPS_H
 #define SIDA_RUNTIME_OPS_OPS_H
 
@@ -30,10 +31,17 @@ typedef struct sida_ops {
     sida_combine_fn *combine;
     sida_lstm_fn *lstm;
     sida_sparsemax_attention_fn *sparsemax_attention;
+    /* Device bytes that the ops take for a compute stream, and what takes them; a caller who does
+     * not prepare a stream finds the time and the bytes spent in its first product. NULL: nothing
+     * to prepare. */
+    size_t stream_bytes;
+    sida_status (*prepare)(sida_stream *stream);
 } sida_ops;
 
 /* The ops of a back-end; never NULL. */
 const sida_ops *sida_ops_of(const sida_backend *backend);
 extern const sida_ops sida_ops_cpu;
+/* Where CUDA is built in. lstm and sparsemax_attention are NULL: the predictor runs on the host. */
+extern const sida_ops sida_ops_cuda;
 
 #endif

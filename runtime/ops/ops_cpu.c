@@ -14,5 +14,9 @@ const sida_ops sida_ops_cpu = {.embedding = sida_embedding_cpu,
                                .sparsemax_attention = sida_sparsemax_attention_cpu};
 
 const sida_ops *sida_ops_of(const sida_backend *backend) {
-    return backend->ops ? backend->ops : &sida_ops_cpu;
+    if (backend->ops) return backend->ops;
+#ifdef SIDA_HAVE_CUDA
+    if (strcmp(backend->table->name, "cuda") == 0) return &sida_ops_cuda;
+#endif
+    return &sida_ops_cpu;
 }

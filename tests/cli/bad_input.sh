@@ -115,6 +115,14 @@ refuses 'output is a folder' 1 "$work: " "$sida" trace --model "$sample" --forma
 refuses 'empty output name' 1 'empty' "$sida" trace --model "$sample" --format sst2 --input "$reviews" --output ''
 refuses 'output in /proc' 1 '/proc/t.h5' "$sida" trace --model "$sample" --format sst2 --input "$reviews" --output /proc/t.h5
 refuses 'full disk while tracing' 1 'out.h5.*(large|space|write)' sh -c "ulimit -f 8; exec $sida_trace --model $sample --format sst2 --input $reviews"
+mkdir "$work/small"
+if mount -t tmpfs -o size=256k tmpfs "$work/small" 2>/dev/null; then # a disk that is really full
+    refuses 'disk full while tracing' 1 't.h5.*No space left' "$sida" trace --model "$sample" --format sst2 --input "$reviews" --output "$work/small/t.h5"
+    [ ! -e "$work/small/t.h5" ] || problem 'disk full while tracing: a file under the final name'
+    umount "$work/small"
+else
+    echo 'skipped: no right to mount a small disk'
+fi
 cases=$((cases + 1))
 "$sida" tokenize --model "$sample" --input "$reviews" >/dev/full 2>"$work/stderr" && problem 'full stdout: exit 0'
 grep -q '^sida: standard output: ' "$work/stderr" || problem "full stdout: $(cat "$work/stderr")"
@@ -144,14 +152,17 @@ refuses 'predictor of another model' 1 'p.h5: .*[0-9a-f]{32}.*[0-9a-f]{32}' "$si
 size=$(wc -c <"$work/p.h5")
 head -c $((size - 100)) "$work/p.h5" >"$work/bad.h5"
 refuses 'truncated predictor' 1 'bad.h5: ' "$sida" run --model "$sample" --predictor "$work/bad.h5" --format sst2 --input "$reviews" --limit 2 --budget 20%
-"$sida" trace --model "$sample" --format sst2 --input "$reviews" --limit 60 --output "$work/cut.h5" --part-tokens 100 >/dev/null 2>&1 &
-sleep 0.6; kill -9 $! 2>/dev/null; wait $! 2>/dev/null
-if [ -e "$work/cut.h5.parts/part-000000.h5" ] && [ ! -e "$work/cut.h5" ]; then
-    refuses 'parts without --resume' 1 'cut.h5.parts: .*--resume' "$sida" trace --model "$sample" --format sst2 --input "$reviews" --limit 60 --output "$work/cut.h5" --part-tokens 100
-    refuses 'resume with other options' 1 'options' "$sida" trace --model "$sample" --format sst2 --input "$reviews" --limit 59 --output "$work/cut.h5" --part-tokens 100 --resume
-    poke "$work/cut.h5.parts/part-000000.h5" 3000 123 321
-    refuses 'damaged part' 1 'part-000000.h5: .*checksum' "$sida" trace --model "$sample" --format sst2 --input "$reviews" --limit 60 --output "$work/cut.h5" --part-tokens 100 --resume
-fi
+# A run killed once it has finished a part.
+sida_cut="$sida trace --model $sample --format sst2 --input $reviews --output $work/cut.h5 --batch 1"
+$sida_cut --part-tokens 20 >/dev/null 2>&1 &
+while [ ! -e "$work/cut.h5.parts/part-000002.h5" ] && kill -0 $! 2>/dev/null; do :; done
+kill -9 $! 2>/dev/null
+wait $! 2>/dev/null
+[ -e "$work/cut.h5.parts/part-000002.h5" ] || problem 'the run to kill was too fast'
+refuses 'parts without --resume' 1 'cut.h5.parts: .*--resume' $sida_cut --part-tokens 20
+refuses 'resume with other options' 1 'options' $sida_cut --part-tokens 21 --resume
+poke "$work/cut.h5.parts/part-000000.h5" 3000 123 321
+refuses 'damaged part' 1 'part-000000.h5: .*checksum' $sida_cut --part-tokens 20 --resume
 
 # --- the runtime
 run() { # run NAME STATUS PATTERN OPTION...

@@ -261,18 +261,23 @@ void rig_repeat(rig *r) {
 }
 
 void rig_open(rig *r, const char *folder, int32_t sequences, int64_t fail_copy) {
-    *r = (rig){.fail_at = -1, .fail_tables_at = -1};
+    sida_backend *backend;
+    sida_cpu_options cpu = {.poison = true,
+                            .before_copy = pause_copy,
+                            .before_copy_context = r,
+                            .fail_copy = fail_copy};
+    rig_assert_ok(sida_backend_create_cpu(&backend, &cpu));
+    rig_open_on(r, backend, folder, sequences);
+}
+
+void rig_open_on(rig *r, sida_backend *backend, const char *folder, int32_t sequences) {
+    *r = (rig){.backend = backend, .fail_at = -1, .fail_tables_at = -1};
     if (!folder) {
         snprintf(r->folder, sizeof r->folder, "/tmp/sida_identity_XXXXXX");
         assert_non_null(mkdtemp(r->folder));
         write_model(r->folder);
         folder = r->folder;
     }
-    sida_cpu_options cpu = {.poison = true,
-                            .before_copy = pause_copy,
-                            .before_copy_context = r,
-                            .fail_copy = fail_copy};
-    rig_assert_ok(sida_backend_create_cpu(&r->backend, &cpu));
     rig_assert_ok(sida_model_open(&r->model, r->backend, folder));
     r->info = sida_model_get_info(r->model);
     make_corpus(r, sequences);

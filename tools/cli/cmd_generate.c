@@ -12,10 +12,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KEY_MAX_NEW_TOKENS = 0x100, KEY_MAX_TOKENS, KEY_TRUNCATE, KEY_JSON, KEY_THREADS };
+enum {
+    KEY_MAX_NEW_TOKENS = 0x100,
+    KEY_MAX_TOKENS,
+    KEY_TRUNCATE,
+    KEY_JSON,
+    KEY_THREADS,
+    KEY_DEVICE
+};
 
 typedef struct options {
-    const char *model, *input;
+    const char *model, *input, *device;
     int32_t batch, max_new_tokens, max_tokens;
     bool truncate, json;
 } options;
@@ -28,6 +35,8 @@ static const struct argp_option argp_options[] = {
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "longest input in tokens (512)", 0},
     {"truncate", KEY_TRUNCATE, 0, 0, "cut longer ones instead of refusing them", 0},
     {"threads", KEY_THREADS, "N", 0, "CPU threads (all)", 0},
+    {"device", KEY_DEVICE, "NAME", 0, "cpu, cuda, or auto (default): cuda where a GPU is present",
+     0},
     {"json", KEY_JSON, 0, 0, "print answers and timing as JSON", 0},
     {0}};
 
@@ -54,6 +63,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         return 0;
     case KEY_THREADS:
         sida_cli_set_threads(sida_cli_i64(state, "--threads", text, 1, 1024));
+        return 0;
+    case KEY_DEVICE:
+        o->device = text;
         return 0;
     case KEY_JSON:
         o->json = true;
@@ -91,7 +103,7 @@ static sida_status session_open(session *s) {
     SIDA_TRY(sida_path_join(&path, o->model, "spiece.model"));
     SIDA_TRY(sida_tokenizer_open(&s->tokenizer, path));
     SIDA_TRY(sida_corpus_open(&s->corpus, SIDA_CORPUS_TEXT, o->input));
-    SIDA_TRY(sida_backend_create_cpu(&s->backend, NULL));
+    SIDA_TRY(sida_backend_create_named(&s->backend, o->device));
     SIDA_TRY(sida_model_open(&s->model, s->backend, o->model));
     SIDA_TRY(sida_resident_create(&s->resident, s->model));
     const sida_model_info *info = sida_model_get_info(s->model);

@@ -62,7 +62,8 @@ static const struct argp_option argp_options[] = {
     {"policy", KEY_POLICY, "NAME", 0, "which expert gives way: lookahead (default), lru, fifo", 3},
     {"queue", KEY_QUEUE, "N", 0, "batches predicted ahead (2)", 3},
     {"no-prefetch", KEY_NO_PREFETCH, 0, 0, "load experts only when a layer needs them", 3},
-    {"device", KEY_DEVICE, "NAME", 0, "cpu", 3},
+    {"device", KEY_DEVICE, "NAME", 0, "cpu, cuda, or auto (default): cuda where a GPU is present",
+     3},
     {"threads", KEY_THREADS, "N", 0, "CPU threads (all)", 3},
     {0, 0, 0, 0, "What is printed", 4},
     {"output", 'o', "FILE", 0, "write one answer a line", 4},
@@ -224,10 +225,11 @@ static json_t *report_json(const options *o, const sida_engine_facts *f, const s
                   (json_int_t)r->input_tokens, "generated_tokens", (json_int_t)r->generated_tokens,
                   "seconds", r->seconds, "tokens_per_s", r->tokens_per_s, "latency_ms", "p50",
                   r->latency_ms_p50, "p90", r->latency_ms_p90, "p99", r->latency_ms_p99);
-    json_t *memory = json_pack(
-        "{s:I, s:o, s:i, s:i, s:i, s:i}", "device_bytes_peak", (json_int_t)r->device_bytes_peak,
-        "budget", budget, "experts", (int)f->experts, "slots", (int)f->slots, "experts_resident",
-        (int)r->experts_resident, "experts_resident_peak", (int)r->experts_resident_peak);
+    json_t *memory =
+        json_pack("{s:s, s:I, s:o, s:i, s:i, s:i, s:i}", "device", f->device, "device_bytes_peak",
+                  (json_int_t)r->device_bytes_peak, "budget", budget, "experts", (int)f->experts,
+                  "slots", (int)f->slots, "experts_resident", (int)r->experts_resident,
+                  "experts_resident_peak", (int)r->experts_resident_peak);
     json_t *moves = json_pack(
         "{s:s, s:b, s:I, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:{s:f, s:f}}", "policy",
         o->engine.policy, "prefetch", !o->engine.no_prefetch && o->engine.predictor, "hits",
@@ -269,9 +271,9 @@ static void print_table(const options *o, const sida_engine_facts *f, const sida
     printf("%-18s %.1f\n", "tokens/s", r->tokens_per_s);
     printf("%-18s p50 %.2f  p90 %.2f  p99 %.2f ms a batch\n", "latency", r->latency_ms_p50,
            r->latency_ms_p90, r->latency_ms_p99);
-    printf("%-18s %.2f MiB at peak, cap %.2f = %.2f dense + %.2f workspace + %.2f predictor + "
+    printf("%-18s %s, %.2f MiB at peak, cap %.2f = %.2f dense + %.2f workspace + %.2f predictor + "
            "%d slots of %.3f\n",
-           "device", (double)r->device_bytes_peak * mib, (double)f->cap_bytes * mib,
+           "device", f->device, (double)r->device_bytes_peak * mib, (double)f->cap_bytes * mib,
            (double)f->dense_bytes * mib, (double)f->workspace_bytes * mib,
            (double)f->predictor_bytes * mib, f->slots, (double)f->slot_bytes * mib);
     printf("%-18s %d resident of %d (%d slots, %s)\n", "experts", r->experts_resident, f->experts,

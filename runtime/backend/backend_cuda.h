@@ -1,0 +1,29 @@
+/* Inside the CUDA back-end: what its ops need to know of it. */
+#ifndef SIDA_RUNTIME_BACKEND_BACKEND_CUDA_H
+#define SIDA_RUNTIME_BACKEND_BACKEND_CUDA_H
+
+#include "runtime/backend/backend.h"
+
+#include <cuda_runtime_api.h>
+
+typedef struct sida_cuda_stream {
+    sida_stream base;
+    cudaStream_t stream;
+    /* What runtime/ops keeps for a compute stream (library handle, workspace), and how it goes. */
+    void *ops_state;
+    void (*ops_state_destroy)(void *state);
+} sida_cuda_stream;
+
+static inline sida_cuda_stream *sida_cuda_stream_of(sida_stream *stream) {
+    return (sida_cuda_stream *)stream;
+}
+
+/* SIDA_OK, or DEVICE with the call's name, the runtime's words and what to do; clears the
+ * runtime's last error. */
+sida_status sida_cuda_check(cudaError_t code, const char *call);
+#define SIDA_CUDA(call) sida_cuda_check((call), #call)
+
+/* Makes the stream's device the calling thread's. */
+sida_status sida_cuda_use(const sida_backend *backend);
+
+#endif

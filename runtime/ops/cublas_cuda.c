@@ -1,0 +1,48 @@
+#include "runtime/ops/cublas_cuda.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
+
+#define TEXT_OF(number) #number
+#define NAME_OF(major) "libcublas.so." TEXT_OF(major)
+static const char library[] = NAME_OF(CUBLAS_VER_MAJOR);
+
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static sida_cublas functions;
+static bool loaded;
+static char reason[256];
+
+/* A function pointer from dlsym's object pointer, as POSIX has it. */
+static bool find(void *from, void *function, const char *name) {
+    void *symbol = dlsym(from, name);
+    memcpy(function, &symbol, sizeof symbol);
+    return symbol != NULL;
+}
+
+static void load(void) {
+    /* Stays loaded: handles of other threads may outlive any owner. */
+    void *from = dlopen(library, RTLD_NOW | RTLD_LOCAL);
+    loaded = from && find(from, &functions.create, "cublasCreate_v2") &&
+             find(from, &functions.destroy, "cublasDestroy_v2") &&
+             find(from, &functions.set_stream, "cublasSetStream_v2") &&
+             find(from, &functions.set_workspace, "cublasSetWorkspace_v2") &&
+             find(from, &functions.gemm, "cublasGemmEx") &&
+             find(from, &functions.status_string, "cublasGetStatusString");
+    if (loaded) return;
+    const char *why = dlerror();
+    snprintf(reason, sizeof reason, "%s", why ? why : "unknown reason");
+}
+
+sida_status sida_cublas_load(const sida_cublas **out) {
+    *out = NULL;
+    pthread_once(&once, load);
+    if (!loaded)
+        return sida_fail(SIDA_ERROR_DEVICE,
+                         "cuda: %s: %s; install CUDA's cuBLAS, or use --device cpu", library,
+                         reason);
+    *out = &functions;
+    return SIDA_OK;
+}

@@ -1,0 +1,13 @@
+#include "runtime/ops/ops_cuda.h"
+
+/* The predictor runs on the host so far, so lstm and sparsemax_attention have no CUDA op. */
+const sida_ops sida_ops_cuda = {.embedding = sida_embedding_cuda,
+                                .rms_norm = sida_rms_norm_cuda,
+                                .linear = sida_linear_cuda,
+                                .gated = sida_gated_cuda,
+                                .attention = sida_attention_cuda,
+                                .router = sida_router_cuda,
+                                .expert = sida_expert_cuda,
+                                .combine = sida_combine_cuda,
+                                .stream_bytes = SIDA_CUDA_STREAM_BYTES,
+                                .prepare = sida_prepare_cuda};
