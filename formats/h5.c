@@ -319,3 +319,11 @@ void sida_h5_abandon(sida_h5_file *file) {
     sida_h5_unlock();
     file_free(file);
 }
+
+void sida_h5_library_version(char *text, size_t size) {
+    unsigned major = 0, minor = 0, release = 0;
+    sida_h5_lock();
+    H5get_libversion(&major, &minor, &release);
+    sida_h5_unlock();
+    snprintf(text, size, "%u.%u.%u", major, minor, release);
+}

@@ -80,4 +80,7 @@ sida_status sida_h5_get_i64(sida_h5_file *file, const char *name, int64_t *value
 /* Paths of all datasets, sorted; free each and the array. */
 sida_status sida_h5_list(sida_h5_file *file, char ***paths, size_t *count);
 
+/* "1.10.8": of the HDF5 library that is loaded. text: [size]. */
+void sida_h5_library_version(char *text, size_t size);
+
 #endif

@@ -82,3 +82,8 @@ void sida_backend_memory(sida_backend *backend, sida_memory_usage *out) {
 sida_status sida_backend_set_cap(sida_backend *backend, size_t cap_bytes) {
     return backend->table->set_cap(backend, cap_bytes);
 }
+
+sida_status sida_backend_describe(sida_backend *backend, sida_device_info *out) {
+    *out = (sida_device_info){0};
+    return backend->table->describe(backend, out);
+}

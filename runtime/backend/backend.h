@@ -42,6 +42,15 @@ typedef struct sida_memory_usage {
     size_t cap_bytes;              /* SIZE_MAX: none */
 } sida_memory_usage;
 
+/* What a back-end runs on. */
+typedef struct sida_device_info {
+    char name[128];
+    size_t total_bytes, free_bytes; /* device memory; of the whole device, whoever uses it */
+    int32_t processors;             /* streaming multiprocessors; the CPU's threads */
+    int32_t capability[2];          /* compute capability; 0, 0 on the CPU */
+    int32_t driver, runtime;        /* CUDA versions, 1000 * major + 10 * minor; 0 on the CPU */
+} sida_device_info;
+
 /* The functions of a back-end; call them through the wrappers below. */
 typedef struct sida_backend_table {
     const char *name; /* "cpu", "cuda" */
@@ -62,6 +71,7 @@ typedef struct sida_backend_table {
     sida_status (*event_query)(sida_event *event, bool *done);
     void (*memory_usage)(sida_backend *backend, sida_memory_usage *out);
     sida_status (*set_cap)(sida_backend *backend, size_t cap_bytes);
+    sida_status (*describe)(sida_backend *backend, sida_device_info *out);
 } sida_backend_table;
 
 /* Every back-end's object, stream and event starts with these. */
@@ -129,5 +139,6 @@ sida_status sida_event_query(sida_event *event, bool *done);
 void sida_backend_memory(sida_backend *backend, sida_memory_usage *out);
 /* BUDGET when more than the cap is in use already. */
 sida_status sida_backend_set_cap(sida_backend *backend, size_t cap_bytes);
-
+/* Asks the driver, on the CPU the system. */
+sida_status sida_backend_describe(sida_backend *backend, sida_device_info *out);
 #endif

@@ -8,8 +8,10 @@
 
 #include <assert.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { device_alignment = 256, poison_byte = 0xff };
 
@@ -344,6 +346,40 @@ static sida_status cpu_event_query(sida_event *base, bool *done) {
     return device_error(result);
 }
 
+/* --- what it is */
+
+/* The value of the first line of a /proc file that starts with `key`; false where there is none. */
+static bool find_line(char *out, size_t size, const char *path, const char *key) {
+    char line[256];
+    bool found = false;
+    FILE *file = fopen(path, "r");
+    if (!file) return false;
+    while (!found && fgets(line, sizeof line, file)) {
+        const char *value = strchr(line, ':');
+        if (!value || strncmp(line, key, strlen(key)) != 0) continue;
+        value += 1 + strspn(value + 1, " \t");
+        snprintf(out, size, "%.*s", (int)strcspn(value, "\n"), value);
+        found = true;
+    }
+    fclose(file);
+    return found;
+}
+
+static sida_status cpu_describe(sida_backend *base, sida_device_info *out) {
+    char text[64];
+    (void)base;
+    if (!find_line(out->name, sizeof out->name, "/proc/cpuinfo", "model name"))
+        snprintf(out->name, sizeof out->name, "CPU");
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    out->total_bytes = (size_t)sysconf(_SC_PHYS_PAGES) * page;
+    out->free_bytes = (size_t)sysconf(_SC_AVPHYS_PAGES) * page;
+    /* What programs can still get is more than what lies idle. */
+    if (find_line(text, sizeof text, "/proc/meminfo", "MemAvailable"))
+        out->free_bytes = (size_t)strtoull(text, NULL, 10) << 10;
+    out->processors = (int32_t)sysconf(_SC_NPROCESSORS_ONLN);
+    return SIDA_OK;
+}
+
 static void cpu_destroy(sida_backend *base) {
     cpu_backend *backend = of(base);
     assert(backend->objects == 0 && "buffers, streams and events go before their back-end");
@@ -369,6 +405,7 @@ static const sida_backend_table cpu_table = {
     .event_query = cpu_event_query,
     .memory_usage = cpu_memory_usage,
     .set_cap = cpu_set_cap,
+    .describe = cpu_describe,
 };
 
 sida_status sida_backend_create_cpu(sida_backend **out, const sida_cpu_options *options) {

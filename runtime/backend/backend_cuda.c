@@ -10,6 +10,7 @@
 
 #include <assert.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -207,6 +208,22 @@ static sida_status cuda_set_cap(sida_backend *base, size_t cap_bytes) {
                      cap_bytes, used);
 }
 
+static sida_status cuda_describe(sida_backend *base, sida_device_info *out) {
+    sida_status status = SIDA_OK;
+    struct cudaDeviceProp properties;
+    SIDA_TRY(sida_cuda_use(base));
+    SIDA_TRY(SIDA_CUDA(cudaGetDeviceProperties(&properties, of(base)->device)));
+    SIDA_TRY(SIDA_CUDA(cudaMemGetInfo(&out->free_bytes, &out->total_bytes)));
+    SIDA_TRY(SIDA_CUDA(cudaDriverGetVersion(&out->driver)));
+    SIDA_TRY(SIDA_CUDA(cudaRuntimeGetVersion(&out->runtime)));
+    snprintf(out->name, sizeof out->name, "%.*s", (int)sizeof out->name - 1, properties.name);
+    out->processors = properties.multiProcessorCount;
+    out->capability[0] = properties.major;
+    out->capability[1] = properties.minor;
+out:
+    return status;
+}
+
 static void count_object(const sida_backend *base, int64_t change) {
     cuda_backend *backend = of(base);
     pthread_mutex_lock(&backend->mutex);
@@ -351,6 +368,7 @@ static const sida_backend_table cuda_table = {
     .event_query = cuda_event_query,
     .memory_usage = cuda_memory_usage,
     .set_cap = cuda_set_cap,
+    .describe = cuda_describe,
 };
 
 /* Why there is nothing to run on. */

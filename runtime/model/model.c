@@ -10,53 +10,68 @@
 /* A dense tensor on its way to the device. */
 typedef struct placement {
     sida_weight *target;
-    const sida_tensor_view *view;
+    sida_tensor_view view;
     size_t offset;
 } placement;
 
 typedef struct loader {
     sida_model *model;
+    const sida_tensor_source *source;
     placement *placements;
     size_t count, capacity;
-    size_t used; /* tensors of the checkpoint that belong to the model */
     size_t bytes;
 } loader;
+
+/* A checkpoint as a source of tensors. */
+typedef struct checkpoint_source {
+    const sida_model *model;
+    size_t used; /* tensors that belong to the model */
+} checkpoint_source;
 
 enum { TENSOR_ALIGNMENT = 256 };
 
 /* The tensor of a role, under whichever of its names is there. */
-static sida_status find(loader *load, const sida_tensor_view **out, sida_tensor_role role, int side,
-                        int32_t block, int32_t expert, int rank, const int64_t *shape) {
-    const sida_model *model = load->model;
+static sida_status find_stored(void *context, sida_tensor_view *out, sida_tensor_role role,
+                               int side, int32_t block, int32_t expert, int rank,
+                               const int64_t *shape) {
+    sida_status status = SIDA_OK;
+    checkpoint_source *source = context;
+    const sida_model *model = source->model;
+    const sida_tensor_view *view;
     char name[SIDA_TENSOR_NAME_MAX];
-    for (int32_t i = 0; model->family->name(name, &model->config, role, side, block, expert, i);
-         i++) {
-        if (!sida_checkpoint_find(model->checkpoint, name)) continue;
-        load->used++;
-        return sida_checkpoint_tensor(out, model->checkpoint, name, rank, shape);
-    }
-    model->family->name(name, &model->config, role, side, block, expert, 0);
-    return sida_checkpoint_tensor(out, model->checkpoint, name, rank, shape);
+    int32_t i = 0;
+    while (model->family->name(name, &model->config, role, side, block, expert, i) &&
+           !sida_checkpoint_find(model->checkpoint, name))
+        i++;
+    /* Under none of them: the message names the first. */
+    if (!sida_checkpoint_find(model->checkpoint, name))
+        model->family->name(name, &model->config, role, side, block, expert, 0);
+    SIDA_TRY(sida_checkpoint_tensor(&view, model->checkpoint, name, rank, shape));
+    source->used++;
+    *out = *view;
+out:
+    return status;
 }
 
 /* rows 0: a vector of cols. */
 static sida_status place(loader *load, sida_weight *target, sida_tensor_role role, int side,
                          int32_t block, int64_t rows, int64_t cols) {
     sida_status status = SIDA_OK;
-    const sida_tensor_view *view;
+    sida_tensor_view view;
     int64_t shape[2] = {rows, cols};
-    SIDA_TRY(find(load, &view, role, side, block, -1, rows ? 2 : 1, rows ? shape : shape + 1));
+    SIDA_TRY(load->source->find(load->source->context, &view, role, side, block, -1, rows ? 2 : 1,
+                                rows ? shape : shape + 1));
     SIDA_TRY(SIDA_GROW(&load->placements, &load->capacity, load->count + 1, "the tensors"));
     load->placements[load->count++] = (placement){target, view, load->bytes};
-    *target = (sida_weight){NULL, view->dtype, rows ? rows : 1, cols};
-    load->bytes += (view->bytes + TENSOR_ALIGNMENT - 1) / TENSOR_ALIGNMENT * TENSOR_ALIGNMENT;
+    *target = (sida_weight){NULL, view.dtype, rows ? rows : 1, cols};
+    load->bytes += (view.bytes + TENSOR_ALIGNMENT - 1) / TENSOR_ALIGNMENT * TENSOR_ALIGNMENT;
 out:
     return status;
 }
 
 /* Some files repeat the embedding under other names; a different one would change the answers. */
-static sida_status check_copies_of_embedding(loader *load) {
-    sida_model *model = load->model;
+static sida_status check_copies_of_embedding(checkpoint_source *source) {
+    const sida_model *model = source->model;
     const sida_tensor_view *first = NULL;
     char name[SIDA_TENSOR_NAME_MAX];
     for (int32_t i = 0;
@@ -67,7 +82,7 @@ static sida_status check_copies_of_embedding(loader *load) {
             first = view;
             continue;
         }
-        load->used++;
+        source->used++;
         if (view->dtype != first->dtype || view->bytes != first->bytes ||
             memcmp(view->data, first->data, first->bytes) != 0)
             return sida_fail(
@@ -117,8 +132,7 @@ static sida_status place_dense(loader *load) {
     int32_t site = 0;
     SIDA_TRY(place(load, &model->embedding, SIDA_TENSOR_EMBEDDING, 0, 0, info->vocabulary,
                    info->d_model));
-    model->embedding_host = load->placements[load->count - 1].view->data;
-    SIDA_TRY(check_copies_of_embedding(load));
+    model->embedding_host = load->placements[load->count - 1].view.data;
     if (!model->config.tied)
         SIDA_TRY(
             place(load, &model->head, SIDA_TENSOR_HEAD, 0, 0, info->vocabulary, info->d_model));
@@ -146,7 +160,7 @@ static sida_status copy_dense(loader *load) {
     for (size_t i = 0; i < load->count; i++) {
         const placement *at = &load->placements[i];
         char *to = (char *)model->dense->data + at->offset;
-        SIDA_TRY(sida_copy(stream, to, at->view->data, at->view->bytes));
+        SIDA_TRY(sida_copy(stream, to, at->view.data, at->view.bytes));
         at->target->data = to;
     }
     SIDA_TRY(sida_stream_synchronize(stream));
@@ -171,8 +185,8 @@ static void widen(float *out, const sida_tensor_view *view, size_t count) {
 }
 
 /* The matrices of one expert, in the order of runtime/ops/expert.h. */
-static sida_status expert_matrices(loader *load, const sida_tensor_view *out[3], int *count,
-                                   int side, int32_t block, int32_t expert) {
+static sida_status expert_matrices(loader *load, sida_tensor_view out[3], int *count, int side,
+                                   int32_t block, int32_t expert) {
     static const sida_tensor_role gated[] = {SIDA_TENSOR_WI, SIDA_TENSOR_WI_1, SIDA_TENSOR_WO};
     static const sida_tensor_role plain[] = {SIDA_TENSOR_WI, SIDA_TENSOR_WO};
     sida_status status = SIDA_OK;
@@ -180,20 +194,21 @@ static sida_status expert_matrices(loader *load, const sida_tensor_view *out[3],
     int64_t in[2] = {config->info.d_ff, config->info.d_model}, back[2] = {in[1], in[0]};
     *count = config->gated ? 3 : 2;
     for (int i = 0; i < *count; i++)
-        SIDA_TRY(find(load, &out[i], config->gated ? gated[i] : plain[i], side, block, expert, 2,
-                      i == *count - 1 ? back : in));
+        SIDA_TRY(load->source->find(load->source->context, &out[i],
+                                    config->gated ? gated[i] : plain[i], side, block, expert, 2,
+                                    i == *count - 1 ? back : in));
 out:
     return status;
 }
 
 /* Calls `each` for every expert in the order of global ids. */
-typedef void each_expert_fn(loader *load, int64_t global, const sida_tensor_view *const *matrices,
+typedef void each_expert_fn(loader *load, int64_t global, const sida_tensor_view *matrices,
                             int count);
 
 static sida_status for_experts(loader *load, each_expert_fn *each) {
     sida_status status = SIDA_OK;
     const sida_model_info *info = &load->model->config.info;
-    const sida_tensor_view *matrices[3];
+    sida_tensor_view matrices[3];
     int count;
     for (int side = 0; side < 2; side++)
         for (int32_t i = 0; i < info->layers[side]; i++) {
@@ -208,24 +223,22 @@ out:
 }
 
 /* One type for all: the stored one, or fp32 where they differ. */
-static void note_type(loader *load, int64_t global, const sida_tensor_view *const *matrices,
-                      int count) {
+static void note_type(loader *load, int64_t global, const sida_tensor_view *matrices, int count) {
     sida_expert_shape *shape = &load->model->config.info.expert;
-    if (global == 0) shape->dtype = matrices[0]->dtype;
+    if (global == 0) shape->dtype = matrices[0].dtype;
     for (int i = 0; i < count; i++)
-        if (matrices[i]->dtype != shape->dtype) shape->dtype = SIDA_F32;
+        if (matrices[i].dtype != shape->dtype) shape->dtype = SIDA_F32;
 }
 
-static void fill_slab(loader *load, int64_t global, const sida_tensor_view *const *matrices,
-                      int count) {
+static void fill_slab(loader *load, int64_t global, const sida_tensor_view *matrices, int count) {
     const sida_model_info *info = &load->model->config.info;
     char *to = (char *)load->model->slab->data + (size_t)global * info->expert_bytes;
     size_t elements = (size_t)info->d_model * (size_t)info->d_ff;
     for (int i = 0; i < count; i++) {
-        if (matrices[i]->dtype == info->expert.dtype)
-            memcpy(to, matrices[i]->data, matrices[i]->bytes);
+        if (matrices[i].dtype == info->expert.dtype)
+            memcpy(to, matrices[i].data, matrices[i].bytes);
         else
-            widen((float *)(void *)to, matrices[i], elements);
+            widen((float *)(void *)to, &matrices[i], elements);
         to += elements * sida_dtype_bytes(info->expert.dtype);
     }
 }
@@ -236,15 +249,13 @@ static sida_status load_experts(loader *load) {
     sida_model_info *info = &model->config.info;
     size_t bytes;
     SIDA_TRY(for_experts(load, note_type));
-    size_t used = load->used;
     info->expert_bytes = sida_expert_bytes(&info->expert);
     if (sida_mul_overflow(info->expert_bytes, (size_t)info->sites * (size_t)info->experts, &bytes))
         SIDA_FAIL(SIDA_ERROR_MEMORY, "%s: the experts are larger than memory can be",
-                  sida_checkpoint_folder(model->checkpoint));
+                  load->source->name);
     SIDA_TRY(sida_buffer_create(model->backend, &model->slab, SIDA_MEMORY_HOST, bytes,
                                 "the experts on the host"));
     SIDA_TRY(for_experts(load, fill_slab));
-    load->used = used; /* the second pass found the same ones */
 out:
     return status;
 }
@@ -267,28 +278,47 @@ out:
     return status;
 }
 
-sida_status sida_model_open(sida_model **out, sida_backend *backend, const char *folder) {
+sida_status sida_model_load(sida_model *model, const sida_tensor_source *source) {
     sida_status status = SIDA_OK;
-    sida_model *model = NULL;
-    loader load = {0};
-    *out = NULL;
-    SIDA_TRY(SIDA_ALLOC(&model, 1, folder));
-    model->backend = backend;
-    model->ops = sida_ops_of(backend);
-    load.model = model;
-    SIDA_TRY(sida_checkpoint_open(&model->checkpoint, folder));
-    SIDA_TRY(configure(model));
+    loader load = {.model = model, .source = source};
     SIDA_TRY(place_dense(&load));
     SIDA_TRY(load_experts(&load));
     SIDA_TRY(copy_dense(&load));
+out:
+    free(load.placements);
+    return status;
+}
+
+sida_status sida_model_create(sida_model **out, sida_backend *backend) {
+    sida_status status = SIDA_ALLOC(out, 1, "a model");
+    if (status != SIDA_OK) return status;
+    (*out)->backend = backend;
+    (*out)->ops = sida_ops_of(backend);
+    return SIDA_OK;
+}
+
+sida_status sida_model_open(sida_model **out, sida_backend *backend, const char *folder) {
+    sida_status status = SIDA_OK;
+    sida_model *model = NULL;
+    checkpoint_source stored = {0};
+    *out = NULL;
+    SIDA_TRY(sida_model_create(&model, backend));
+    SIDA_TRY(sida_checkpoint_open(&model->checkpoint, folder));
+    SIDA_TRY(configure(model));
+    stored.model = model;
+    SIDA_TRY(check_copies_of_embedding(&stored));
+    SIDA_TRY(sida_model_load(
+        model, &(sida_tensor_source){.name = folder, .context = &stored, .find = find_stored}));
     SIDA_TRY(sida_checkpoint_fingerprint(&model->config.info.fingerprint, model->checkpoint));
-    if (load.used < sida_checkpoint_count(model->checkpoint))
+    /* Loading asks for the experts' matrices twice. */
+    size_t experts = (size_t)model->config.info.sites * (size_t)model->config.info.experts;
+    size_t used = stored.used - experts * (model->config.gated ? 3 : 2);
+    if (used < sida_checkpoint_count(model->checkpoint))
         sida_log(SIDA_LOG_INFO, "%s: %zu tensors are not used by %s", folder,
-                 sida_checkpoint_count(model->checkpoint) - load.used, model->family->model_type);
+                 sida_checkpoint_count(model->checkpoint) - used, model->family->model_type);
     *out = model;
     model = NULL;
 out:
-    free(load.placements);
     sida_model_destroy(model);
     return status;
 }
@@ -301,6 +331,7 @@ void sida_model_destroy(sida_model *model) {
     free(model->blocks[1]);
     sida_family_config_free(&model->config);
     sida_checkpoint_destroy(model->checkpoint);
+    if (model->storage_destroy) model->storage_destroy(model->storage);
     free(model);
 }
 

@@ -39,6 +39,7 @@ sida_status sida_model_open(sida_model **out, sida_backend *backend, const char 
 void sida_model_destroy(sida_model *model);
 const sida_model_info *sida_model_get_info(const sida_model *model);
 sida_backend *sida_model_backend(const sida_model *model);
+/* NULL for a synthetic model. */
 const sida_checkpoint *sida_model_checkpoint(const sida_model *model);
 /* The host copy of an expert: info.expert_bytes contiguous bytes. */
 const void *sida_model_expert(const sida_model *model, int32_t global_expert);

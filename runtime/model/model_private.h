@@ -22,8 +22,25 @@ struct sida_model {
     sida_buffer *dense; /* every weight but the experts' */
     sida_buffer *slab;  /* the experts, on the host */
     sida_weight embedding, head, final_norm[2], bias[2];
-    const void *embedding_host; /* in the checkpoint */
+    const void *embedding_host; /* in the checkpoint or the storage */
     sida_block *blocks[2];
+    void *storage; /* of a model without a checkpoint: where its tensors were */
+    void (*storage_destroy)(void *storage);
 };
+
+/* Where a model's tensors come from: a checkpoint, or a generator. */
+typedef struct sida_tensor_source {
+    const char *name; /* for messages */
+    void *context;
+    /* The tensor of a role (expert -1: the dense one) in *out; its bytes stay while the model
+     * lives. A missing one or another shape is FORMAT. Experts' are asked for twice. */
+    sida_status (*find)(void *context, sida_tensor_view *out, sida_tensor_role role, int side,
+                        int32_t block, int32_t expert, int rank, const int64_t *shape);
+} sida_tensor_source;
+
+/* An empty model; then its family and config are set; then sida_model_load() places every tensor.
+ * sida_model_destroy() takes it at any point. */
+sida_status sida_model_create(sida_model **out, sida_backend *backend);
+sida_status sida_model_load(sida_model *model, const sida_tensor_source *source);
 
 #endif

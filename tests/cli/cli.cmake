@@ -6,3 +6,4 @@ function(sida_cli_test name)
 endfunction()
 
 sida_cli_test(bad_input)
+sida_cli_test(bench)

@@ -139,12 +139,29 @@ static void test_refusals(void **state) {
     sida_buffer_destroy(buffer);
 }
 
+/* What the driver says of the device moves with what is allocated. */
+static void test_describe(void **state) {
+    (void)state;
+    enum { BYTES = 64 << 20 };
+    sida_device_info before, during;
+    sida_buffer *buffer;
+    OK(sida_backend_describe(backend, &before));
+    assert_true(before.name[0] != 0 && before.processors > 0);
+    assert_true(before.capability[0] >= 1);
+    assert_true(before.driver >= before.runtime / 1000 * 1000 && before.runtime > 0);
+    assert_true(before.free_bytes <= before.total_bytes);
+    OK(sida_buffer_create(backend, &buffer, SIDA_MEMORY_DEVICE, BYTES, "a buffer"));
+    OK(sida_backend_describe(backend, &during));
+    assert_true(during.total_bytes == before.total_bytes);
+    assert_true(during.free_bytes < before.free_bytes);
+    sida_buffer_destroy(buffer);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_copies),
-        cmocka_unit_test(test_order),
-        cmocka_unit_test(test_cap),
-        cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_copies),   cmocka_unit_test(test_order),
+        cmocka_unit_test(test_cap),      cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_describe),
     };
     backend = gpu_open();
     if (!backend) return test_skip(sida_last_message());

@@ -169,12 +169,24 @@ static void test_failed_copy(void **state) {
     sida_backend_destroy(backend);
 }
 
+static void test_describe(void **state) {
+    (void)state;
+    sida_backend *backend;
+    sida_device_info info;
+    assert_ok(sida_backend_create_cpu(&backend, NULL));
+    assert_ok(sida_backend_describe(backend, &info));
+    assert_true(info.name[0] != 0);
+    assert_true(info.processors >= 1);
+    assert_true(info.free_bytes > 0 && info.free_bytes <= info.total_bytes);
+    assert_int_equal(info.driver, 0);
+    sida_backend_destroy(backend);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_cap),
-        cmocka_unit_test(test_poison),
-        cmocka_unit_test(test_streams),
-        cmocka_unit_test(test_failed_copy),
+        cmocka_unit_test(test_cap),      cmocka_unit_test(test_poison),
+        cmocka_unit_test(test_streams),  cmocka_unit_test(test_failed_copy),
+        cmocka_unit_test(test_describe),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -20,6 +20,9 @@ static const struct {
     {"generate", sida_cmd_generate, "print the full model's greedy answers"},
     {"tokenize", sida_cmd_tokenize, "print token ids"},
     {"inspect", sida_cmd_inspect, "say what is in a trace, a part, a predictor or a model"},
+    {"bench", sida_cmd_bench,
+     "time a model, synthetic ones too, beside what memory and link allow"},
+    {"doctor", sida_cmd_doctor, "say what this machine has, and measure its link"},
 };
 enum { command_count = sizeof commands / sizeof *commands };
 

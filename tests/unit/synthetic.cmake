@@ -1,0 +1,1 @@
+sida_test(synthetic_test SOURCES synthetic_test.c DEPENDS sida_model LABELS unit)
