@@ -53,7 +53,14 @@ if(NOT SIDA_CUDA STREQUAL "OFF")
     set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
     enable_language(CUDA)
     find_package(CUDAToolkit REQUIRED)
-    set(SIDA_HAVE_CUDA ON)
+    if(TARGET CUDA::cublas) # its header; the library is loaded when it is used
+      set(SIDA_HAVE_CUDA ON)
+    elseif(SIDA_CUDA STREQUAL "ON")
+      message(FATAL_ERROR "SIDA_CUDA=ON: nvcc is there, but cuBLAS is not; install it, or set "
+        "SIDA_CUDA=OFF")
+    else()
+      message(STATUS "nvcc without cuBLAS: building without CUDA")
+    endif()
   elseif(SIDA_CUDA STREQUAL "ON")
     message(FATAL_ERROR "SIDA_CUDA=ON: no CUDA compiler (nvcc) was found; set CUDACXX, or "
       "SIDA_CUDA=OFF")
