@@ -107,19 +107,20 @@ static sida_status check_ragged(const sida_run *run, const sida_ragged *batch, i
     return SIDA_OK;
 }
 
-/* Carries the call's index arrays to the device and embeds its ids. */
+/* Carries the call's index arrays to the device and embeds its ids. The caller has waited for
+ * `staged`. */
 static sida_status begin_call(sida_run *run, const sida_ragged *batch) {
     sida_status status = SIDA_OK;
     sida_run_host *host = &run->host;
     int64_t tokens = sida_ragged_tokens(batch);
     memcpy(host->index.ids, batch->ids, (size_t)tokens * sizeof *batch->ids);
-    memcpy(host->offsets, batch->offsets, ((size_t)batch->sequences + 1) * sizeof *host->offsets);
-    for (int32_t s = 0; s < batch->sequences; s++) {
-        host->index.q_start[s] = batch->offsets[s];
+    memcpy(host->index.q_start, batch->offsets,
+           ((size_t)batch->sequences + 1) * sizeof *batch->offsets);
+    for (int32_t s = 0; s < batch->sequences; s++)
         host->index.q_count[s] = (int32_t)(batch->offsets[s + 1] - batch->offsets[s]);
-    }
     SIDA_TRY(sida_copy(run->stream, run->device.index.q_start, host->index.q_start,
                        run->index_ids_bytes + (size_t)tokens * sizeof *host->index.ids));
+    SIDA_TRY(sida_event_record(run->staged, run->stream));
     SIDA_TRY(run->ops->embedding(run->stream, run->device.h, run->model->embedding,
                                  run->device.index.ids, tokens));
 out:
@@ -155,7 +156,7 @@ sida_status sida_run_encode(sida_run *run, const sida_ragged *input,
                   run->limits.sequences);
     SIDA_TRY(check_ragged(run, input, run->limits.input_tokens, "the input"));
     int64_t tokens = sida_ragged_tokens(input);
-    SIDA_TRY(sida_stream_synchronize(run->stream)); /* the staging arrays are free */
+    SIDA_TRY(sida_event_synchronize(run->staged));
     run->input_tokens = tokens;
     for (int32_t s = 0; s < input->sequences; s++) {
         index->self_start[s] = index->cross_start[s] = input->offsets[s];
@@ -256,7 +257,7 @@ sida_status sida_run_decode(sida_run *run, const sida_ragged *step, const sida_m
             SIDA_FAIL(SIDA_ERROR_ARGUMENT, "sequence %d: %d + %lld decoder tokens, limit %d", s,
                       run->host.position[s], (long long)(step->offsets[s + 1] - step->offsets[s]),
                       positions);
-    SIDA_TRY(sida_stream_synchronize(run->stream)); /* the staging arrays are free */
+    SIDA_TRY(sida_event_synchronize(run->staged));
     run->decoded_tokens = tokens;
     if (tokens == 0) return SIDA_OK;
     for (int32_t s = 0; s < step->sequences; s++) {

@@ -49,7 +49,9 @@ sida_weight sida_model_embedding(const sida_model *model);
  * is mapped, while the model lives. */
 sida_weight sida_model_embedding_host(const sida_model *model);
 
-/* What one MoE layer is about to do. Arrays are host arrays owned by the run. */
+/* What one MoE layer is about to do. Arrays are host arrays owned by the run. Those of the routing
+ * (logits to dropped) are for choose and observe; with a driver that has neither the routing stays
+ * on the device, and they are NULL. */
 typedef struct sida_moe_call {
     int32_t site, side, layer; /* layer: of that side's MoE layers */
     int32_t sequences;
@@ -64,13 +66,20 @@ typedef struct sida_moe_call {
 } sida_moe_call;
 
 /* Who chooses and supplies the experts. Every function may be called from the thread that runs the
- * model only. */
+ * model only.
+ *
+ * Read-backs from the device: choose or observe, the routing of a MoE layer; neither, but begin,
+ * take and release, E + 1 numbers a layer; neither, and resident, none at all. */
 typedef struct sida_moe_driver {
     void *context;
     /* Fills experts and alpha; NULL: the router decides (exact). Capacity is applied after it. */
     sida_status (*choose)(void *context, sida_moe_call *call);
     /* Sees the finished routing; NULL: nobody looks. */
     sida_status (*observe)(void *context, const sida_moe_call *call);
+    /* Where all experts of a site are on the device: the device array [E] of their device pointers,
+     * valid while the driver is. Then begin, take and release are not called for the site. NULL, or
+     * an answer of NULL: they are. */
+    const void *const *(*resident)(void *context, int32_t site);
     /* The distinct experts (0 … E-1, ascending) that this layer will compute with. */
     sida_status (*begin)(void *context, const sida_moe_call *call, const int32_t *needed,
                          int32_t count);
@@ -88,7 +97,7 @@ typedef struct sida_moe_driver {
 typedef struct sida_resident sida_resident;
 sida_status sida_resident_create(sida_resident **out, const sida_model *model);
 void sida_resident_destroy(sida_resident *resident);
-/* A driver whose begin, take and release serve from `resident`, with the caller's choose and
+/* A driver that serves from `resident`, with the caller's choose and
  * observe (either may be NULL), which get `context`. Valid while `resident` lives; one at a time.
  */
 const sida_moe_driver *

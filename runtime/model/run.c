@@ -55,7 +55,7 @@ static int64_t most_tokens(const sida_run_limits *limits) {
 /* Returns the bytes in front of the ids. */
 static size_t lay_index(sida_run_index *out, layout *at, int64_t sequences, int64_t tokens) {
     size_t begin = at->used;
-    out->q_start = part(at, sequences, sizeof(int64_t));
+    out->q_start = part(at, sequences + 1, sizeof(int64_t));
     out->self_start = part(at, sequences, sizeof(int64_t));
     out->cross_start = part(at, sequences, sizeof(int64_t));
     out->q_count = part(at, sequences, sizeof(int32_t));
@@ -73,8 +73,8 @@ static void lay_choice(sida_run_choice *out, layout *at, const sida_model_info *
     out->alpha = part(at, tokens * info->top_k, sizeof(float));
     out->dropped = part(at, tokens, sizeof(uint8_t));
     out->rows = part(at, tokens * info->top_k, sizeof(int32_t));
-    out->row_start = part(at, 2 * (int64_t)info->experts, sizeof(int64_t));
-    out->weights = part(at, info->experts, sizeof(void *));
+    out->row_start = part(at, (int64_t)info->experts + 1, sizeof(int64_t));
+    out->waves = part(at, info->experts, SIDA_WAVE_BYTES);
 }
 
 static void lay_device(sida_run_device *out, layout *at, const sida_model *model,
@@ -117,14 +117,12 @@ static size_t lay_host(sida_run_host *out, layout *at, const sida_model *model,
     size_t bytes = lay_index(&out->index, at, sequences, tokens);
     lay_choice(&out->choice, at, info, tokens);
     out->logits_router = floats(at, tokens, info->experts);
-    out->offsets = part(at, sequences + 1, sizeof(int64_t));
     out->zeros = part(at, sequences, sizeof(int32_t));
     out->position = part(at, sequences, sizeof(int32_t));
     out->needed = part(at, info->experts, sizeof(int32_t));
-    out->counts = part(at, info->experts, sizeof(int32_t));
-    out->expert_start = part(at, (int64_t)info->experts + 1, sizeof(int64_t));
-    out->by_expert = part(at, tokens * info->top_k, sizeof(int32_t));
+    out->pending = part(at, info->experts, sizeof(bool));
     out->wave = part(at, info->experts, sizeof(int32_t));
+    out->weights = part(at, info->experts, sizeof(void *));
     out->logits = floats(at, logits_rows_of(limits), info->vocabulary);
     out->step_offsets = part(at, sequences + 1, sizeof(int64_t));
     out->step_ids = part(at, sequences, sizeof(int32_t));
@@ -180,6 +178,7 @@ sida_status sida_run_create(sida_run **out, sida_model *model, const sida_run_li
     run->index_ids_bytes = lay_host(&run->host, &at, model, limits);
     for (int32_t s = 0; s < limits->sequences; s++) run->host.zeros[s] = 0;
     SIDA_TRY(sida_stream_create(model->backend, &run->stream, SIDA_STREAM_COMPUTE));
+    SIDA_TRY(sida_event_create(model->backend, &run->staged));
     if (run->ops->prepare) SIDA_TRY(run->ops->prepare(run->stream));
     *out = run;
     run = NULL;
@@ -191,6 +190,7 @@ out:
 void sida_run_destroy(sida_run *run) {
     if (!run) return;
     sida_stream_destroy(run->stream);
+    sida_event_destroy(run->staged);
     sida_buffer_destroy(run->device_buffer);
     sida_buffer_destroy(run->host_buffer);
     free(run);

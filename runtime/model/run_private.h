@@ -9,21 +9,25 @@
 /* Small arrays that go to the device at the start of a call; host and device have the same layout
  * and ids come last, so that one copy of the used part carries everything. */
 typedef struct sida_run_index {
-    int64_t *q_start, *self_start, *cross_start; /* [S] rows */
-    int32_t *q_count, *q_position;               /* [S] */
-    int32_t *self_count, *cross_count;           /* [S] keys */
-    int32_t *ids;                                /* [T] */
+    int64_t *q_start;                  /* [S + 1] rows: the call's offsets */
+    int64_t *self_start, *cross_start; /* [S] rows */
+    int32_t *q_count, *q_position;     /* [S] */
+    int32_t *self_count, *cross_count; /* [S] keys */
+    int32_t *ids;                      /* [T] */
 } sida_run_index;
 
 /* What a MoE layer's choices look like on either side. */
 typedef struct sida_run_choice {
-    int32_t *experts;     /* [T, k] */
-    float *alpha;         /* [T, k] */
-    uint8_t *dropped;     /* [T] */
-    int32_t *rows;        /* [T * k] token * k + rank, by wave and expert */
-    int64_t *row_start;   /* [2 E] a wave's slice has one more than its experts */
-    const void **weights; /* [E] */
+    int32_t *experts;   /* [T, k] */
+    float *alpha;       /* [T, k] */
+    uint8_t *dropped;   /* [T] */
+    int32_t *rows;      /* [T * k] token * k + rank, by expert */
+    int64_t *row_start; /* [E + 1] */
+    /* Waves, one behind another: of a wave of c experts c weights, c first rows, c ends. */
+    char *waves; /* [E] of SIDA_WAVE_BYTES */
 } sida_run_choice;
+
+enum { SIDA_WAVE_BYTES = sizeof(const void *) + 2 * sizeof(int64_t) };
 
 typedef struct sida_run_device {
     float *h, *x;                   /* [T, d] */
@@ -43,18 +47,17 @@ typedef struct sida_run_device {
 typedef struct sida_run_host {
     sida_run_index index;
     sida_run_choice choice;
-    float *logits_router;     /* [T, E] */
-    int64_t *offsets;         /* [S + 1] of the running call */
-    int32_t *zeros;           /* [S] positions of the encoder */
-    int32_t *position;        /* [S] tokens that the decoder has seen */
-    int32_t *needed, *counts; /* [E] */
-    int64_t *expert_start;    /* [E + 1] into by_expert */
-    int32_t *by_expert;       /* [T * k] rows grouped by expert */
-    int32_t *wave;            /* [E] */
-    float *logits;            /* [logits_rows, vocabulary] */
-    int64_t *step_offsets;    /* [S + 1] generation */
-    int32_t *step_ids;        /* [S] */
-    uint8_t *live;            /* [S] */
+    float *logits_router;  /* [T, E] */
+    int32_t *zeros;        /* [S] positions of the encoder */
+    int32_t *position;     /* [S] tokens that the decoder has seen */
+    int32_t *needed;       /* [E] */
+    bool *pending;         /* [E] needed and not computed yet */
+    int32_t *wave;         /* [E] experts of a wave, */
+    const void **weights;  /* [E] and their weights */
+    float *logits;         /* [logits_rows, vocabulary] */
+    int64_t *step_offsets; /* [S + 1] generation */
+    int32_t *step_ids;     /* [S] */
+    uint8_t *live;         /* [S] */
 } sida_run_host;
 
 struct sida_run {
@@ -62,6 +65,7 @@ struct sida_run {
     const sida_ops *ops;
     sida_run_limits limits;
     sida_stream *stream;
+    sida_event *staged; /* host.index has been copied: it may be written again */
     sida_buffer *device_buffer, *host_buffer;
     sida_run_device device;
     sida_run_host host;

@@ -19,9 +19,10 @@ static inline size_t sida_expert_bytes(const sida_expert_shape *shape) {
            sida_dtype_bytes(shape->dtype);
 }
 
-/* One wave: `count` experts, expert i works on rows row_start[i] … row_start[i + 1] - 1 of `rows`;
- * a row is token * k + rank. Reads x[token], writes scratch[row]. Each expert sees all its tokens
- * in one product. */
+/* One wave: `count` experts, expert i works on rows[row_start[i]] … rows[row_end[i] - 1]: any
+ * subset of what dispatch grouped, in any order, none twice. A row is token * k + rank. Reads
+ * x[token], writes scratch[row]. Each expert sees all its tokens in one product; one without rows
+ * costs next to nothing, and its weights may be NULL. */
 typedef struct sida_expert_call {
     float *scratch; /* [n * k, d_model] */
     const float *x; /* [n, d_model] */
@@ -29,9 +30,11 @@ typedef struct sida_expert_call {
     sida_expert_shape shape;
     int32_t count;
     const void *const *weights; /* [count] device pointers */
-    const int64_t *row_start;   /* [count + 1] */
-    const int32_t *rows;
-    float *workspace; /* sida_expert_workspace_floats(shape, rows in the call) */
+    const int64_t *row_start;   /* [count] */
+    const int64_t *row_end;     /* [count] */
+    const int32_t *rows;        /* [rows_total] */
+    int64_t rows_total;         /* no range ends beyond it: all that the host need know of them */
+    float *workspace;           /* sida_expert_workspace_floats(shape, rows_total) */
 } sida_expert_call;
 
 size_t sida_expert_workspace_floats(const sida_expert_shape *shape, int64_t rows);

@@ -15,9 +15,8 @@ typedef enum phase { PHASE_IN, PHASE_GATE, PHASE_OUT } phase;
 
 static sida_product product_of(const sida_expert_call *call, phase which, int32_t expert) {
     const sida_expert_shape *shape = &call->shape;
-    int64_t first = call->row_start[expert], rows = call->row_start[expert + 1] - first;
-    int64_t all = call->row_start[call->count] - call->row_start[0];
-    float *hidden = call->workspace + (first - call->row_start[0]) * shape->d_ff;
+    int64_t first = call->row_start[expert], rows = call->row_end[expert] - first;
+    float *hidden = call->workspace + first * shape->d_ff;
     const char *weights = call->weights[expert];
     size_t matrix = (size_t)shape->d_model * (size_t)shape->d_ff * sida_dtype_bytes(shape->dtype);
     sida_product p = {.n = rows, .dtype = shape->dtype, .scale = 1.0f};
@@ -36,43 +35,64 @@ static sida_product product_of(const sida_expert_call *call, phase which, int32_
     p.ldx = p.ldw = p.cols = shape->d_model;
     p.rows = p.ldy = shape->d_ff;
     p.w = weights + (which == PHASE_GATE ? matrix : 0);
-    p.y = hidden + (which == PHASE_GATE ? all * shape->d_ff : 0);
+    p.y = hidden + (which == PHASE_GATE ? call->rows_total * shape->d_ff : 0);
     if (!shape->gated) p.epilogue = SIDA_EPILOGUE_RELU;
     return p;
 }
 
+/* busy: experts that have rows. */
 static void run_phase(const sida_cpu_kernels *kernels, const sida_expert_call *call, phase which,
-                      int threads) {
+                      int32_t busy, int threads) {
     int64_t width = which == PHASE_OUT ? call->shape.d_model : call->shape.d_ff;
-    int64_t cols = call->count >= 4 * threads ? width : sida_product_task_cols(width, threads);
+    int64_t cols = busy >= 4 * threads ? width : sida_product_task_cols(width, threads);
     int64_t across = (width + cols - 1) / cols, tasks = across * call->count;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        sida_product p = product_of(call, which, (int32_t)(task / across));
+        int32_t expert = (int32_t)(task / across);
+        if (call->row_start[expert] == call->row_end[expert]) continue;
+        sida_product p = product_of(call, which, expert);
         int64_t col = task % across * cols;
         kernels->product(&p, 0, p.n, col, col + cols < width ? col + cols : width);
     }
 }
 
+/* act(gate) * up over the rows of all experts; neighbours' in one piece. */
+static sida_status run_gate(sida_stream *stream, const sida_expert_call *call) {
+    const sida_expert_shape *shape = &call->shape;
+    sida_status status = SIDA_OK;
+    for (int32_t i = 0, next; i < call->count && status == SIDA_OK; i = next) {
+        int64_t first = call->row_start[i], end = call->row_end[i];
+        for (next = i + 1; next < call->count && call->row_start[next] == end; next++)
+            end = call->row_end[next];
+        float *hidden = call->workspace + first * shape->d_ff;
+        status = sida_gated_cpu(stream, hidden, hidden, hidden + call->rows_total * shape->d_ff,
+                                (end - first) * shape->d_ff, shape->activation);
+    }
+    return status;
+}
+
 sida_status sida_expert_cpu(sida_stream *stream, const sida_expert_call *call) {
     const sida_expert_shape *shape = &call->shape;
     assert(shape->gated || shape->activation == SIDA_ACT_RELU);
-    int64_t rows = call->row_start[call->count] - call->row_start[0];
+    int64_t rows = 0;
+    int32_t busy = 0;
+    for (int32_t i = 0; i < call->count; i++) {
+        assert(call->row_start[i] <= call->row_end[i] && call->row_end[i] <= call->rows_total);
+        rows += call->row_end[i] - call->row_start[i];
+        busy += call->row_end[i] > call->row_start[i];
+    }
     if (rows == 0) return SIDA_OK;
     const sida_cpu_kernels *kernels = sida_cpu_kernels_get();
     int64_t work = sida_product_work(rows, shape->d_model, shape->d_ff) +
-                   sida_product_work(0, shape->d_model, shape->d_ff) * (call->count - 1);
+                   sida_product_work(0, shape->d_model, shape->d_ff) * (busy - 1);
     int threads = work < SIDA_PARALLEL_WORK ? 1 : sida_ops_threads();
-    run_phase(kernels, call, PHASE_IN, threads);
+    run_phase(kernels, call, PHASE_IN, busy, threads);
     if (shape->gated) {
-        run_phase(kernels, call, PHASE_GATE, threads);
-        int64_t elements = rows * shape->d_ff;
-        sida_status status =
-            sida_gated_cpu(stream, call->workspace, call->workspace, call->workspace + elements,
-                           elements, shape->activation);
+        run_phase(kernels, call, PHASE_GATE, busy, threads);
+        sida_status status = run_gate(stream, call);
         if (status != SIDA_OK) return status;
     }
-    run_phase(kernels, call, PHASE_OUT, threads);
+    run_phase(kernels, call, PHASE_OUT, busy, threads);
     return SIDA_OK;
 }
 

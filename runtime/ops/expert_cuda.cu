@@ -6,13 +6,29 @@ constexpr int MAX_GRID_Y = 65535, COMBINE_THREADS = 128;
 /* Blocks that share the tokens of an expert with many; the others have nothing to do. */
 constexpr int ROW_BLOCKS = 4;
 
-/* Rows [first, first + n) of the call belong to the expert; hidden: its part of the workspace. */
+/* The expert of the call that is number `index` among those with rows; count: there are fewer. All
+ * of a warp's lanes come here together. */
+static __device__ int32_t busy_expert(const sida_expert_call &call, int32_t index) {
+    const int lane = threadIdx.x % WARP;
+    for (int32_t base = 0; base < call.count; base += WARP) {
+        const int32_t e = base + lane;
+        const bool busy = e < call.count && call.row_end[e] > call.row_start[e];
+        const unsigned mask = __ballot_sync(0xffffffffu, busy);
+        const bool found = busy && __popc(mask & ((1u << lane) - 1)) == index;
+        const unsigned where = __ballot_sync(0xffffffffu, found);
+        if (where) return base + __ffs((int)where) - 1;
+        index -= __popc(mask);
+    }
+    return call.count;
+}
+
+/* rows[row_start] … rows[row_start + n - 1] are the expert's; hidden: its part of the workspace. */
 static __device__ product expert_product(const sida_expert_call &call, int32_t expert, bool out,
                                          int64_t *n) {
     const sida_expert_shape &shape = call.shape;
     int64_t first = call.row_start[expert];
-    *n = call.row_start[expert + 1] - first;
-    float *hidden = call.workspace + (first - call.row_start[0]) * shape.d_ff;
+    *n = call.row_end[expert] - first;
+    float *hidden = call.workspace + first * shape.d_ff;
     size_t matrix = (size_t)shape.d_model * (size_t)shape.d_ff * (shape.dtype == SIDA_F32 ? 4 : 2);
     const char *weights = (const char *)call.weights[expert];
     product p = {};
@@ -43,7 +59,13 @@ static __device__ product expert_product(const sida_expert_call &call, int32_t e
 template <typename W>
 __global__ void __launch_bounds__(PRODUCT_WARPS *WARP)
     expert_kernel(sida_expert_call call, bool out) {
-    for (int32_t e = (int32_t)blockIdx.y; e < call.count; e += (int32_t)gridDim.y) {
+    /* Fewer rows than experts: most have none, and no blocks are spent on them. */
+    const bool sparse = call.rows_total < call.count;
+    const int32_t places = sparse ? (int32_t)call.rows_total : call.count;
+    for (int32_t i = (int32_t)blockIdx.y; i < places; i += (int32_t)gridDim.y) {
+        const int32_t e = sparse ? busy_expert(call, i) : i;
+        if (e >= call.count) return;
+        if (call.row_start[e] == call.row_end[e]) continue;
         int64_t n;
         product p = expert_product(call, e, out, &n);
         product_block<W>(p, n, (int64_t)blockIdx.z * PRODUCT_X, (int64_t)gridDim.z * PRODUCT_X,
@@ -55,8 +77,10 @@ static void launch(cudaStream_t on, const sida_expert_call *call, bool out) {
     const sida_expert_shape *shape = &call->shape;
     int64_t columns = product_columns(!out && shape->gated);
     int64_t across = ((out ? shape->d_model : shape->d_ff) + columns - 1) / columns;
-    dim3 grid((unsigned)across, (unsigned)(call->count < MAX_GRID_Y ? call->count : MAX_GRID_Y),
-              ROW_BLOCKS);
+    int64_t places = call->rows_total < call->count ? call->rows_total : call->count;
+    int64_t deep = (call->rows_total + PRODUCT_X - 1) / PRODUCT_X;
+    dim3 grid((unsigned)across, (unsigned)(places < MAX_GRID_Y ? places : MAX_GRID_Y),
+              (unsigned)(deep < ROW_BLOCKS ? deep : ROW_BLOCKS));
     if (shape->dtype == SIDA_F32)
         expert_kernel<float><<<grid, PRODUCT_WARPS * WARP, 0, on>>>(*call, out);
     else if (shape->dtype == SIDA_F16)
@@ -66,7 +90,7 @@ static void launch(cudaStream_t on, const sida_expert_call *call, bool out) {
 }
 
 extern "C" sida_status sida_expert_cuda(sida_stream *stream, const sida_expert_call *call) {
-    if (call->count <= 0) return SIDA_OK;
+    if (call->count <= 0 || call->rows_total <= 0) return SIDA_OK;
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;
     launch(stream_of(stream), call, false);

@@ -11,6 +11,7 @@
 
 #include "runtime/backend/backend.h"
 #include "runtime/ops/attention.h"
+#include "runtime/ops/dispatch.h"
 #include "runtime/ops/elementwise.h"
 #include "runtime/ops/embedding.h"
 #include "runtime/ops/expert.h"
@@ -27,6 +28,7 @@ typedef struct sida_ops {
     sida_gated_fn *gated;
     sida_attention_fn *attention;
     sida_router_fn *router;
+    sida_dispatch_fn *dispatch;
     sida_expert_fn *expert;
     sida_combine_fn *combine;
     sida_lstm_fn *lstm;

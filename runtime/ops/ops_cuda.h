@@ -16,6 +16,7 @@ sida_linear_fn sida_linear_cuda;
 sida_gated_fn sida_gated_cuda;
 sida_attention_fn sida_attention_cuda;
 sida_router_fn sida_router_cuda;
+sida_dispatch_fn sida_dispatch_cuda;
 sida_expert_fn sida_expert_cuda;
 sida_combine_fn sida_combine_cuda;
 

@@ -4,7 +4,6 @@
 
 #include <assert.h>
 #include <math.h>
-#include <string.h>
 
 /* The k best of the allowed, best first, ties to the lower id. */
 static void choose(int32_t *out, const float *logits, const uint8_t *allowed, int32_t experts,
@@ -49,18 +48,4 @@ sida_status sida_router_cpu(sida_stream *stream, const sida_router_call *call) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < call->n; i++) route(kernels, call, i);
     return SIDA_OK;
-}
-
-void sida_router_capacity(uint8_t *dropped, const int32_t *experts, int32_t sequences,
-                          const int64_t *offsets, int32_t experts_total, int32_t capacity,
-                          int32_t *counts) {
-    if (capacity == 0) {
-        memset(dropped, 0, (size_t)offsets[sequences]);
-        return;
-    }
-    for (int32_t s = 0; s < sequences; s++) {
-        memset(counts, 0, (size_t)experts_total * sizeof *counts);
-        for (int64_t i = offsets[s]; i < offsets[s + 1]; i++)
-            dropped[i] = counts[experts[i]]++ >= capacity;
-    }
 }

@@ -5,6 +5,7 @@
 #include "runtime/engine/budget.h"
 #include "tests/gpu/gpu.h"
 #include "tests/integration/identity_rig.h"
+#include "tests/read_backs.h"
 
 #include <unistd.h>
 
@@ -141,6 +142,58 @@ static void test_parity(void **state) {
     }
 }
 
+static sida_status look(void *context, const sida_moe_call *call) {
+    (void)context, (void)call;
+    return SIDA_OK;
+}
+
+/* All experts resident: a pass is issued without waiting for the device, and gives the bytes of one
+ * whose every layer is read back and grouped on the host. */
+static void test_resident(void **state) {
+    (void)state;
+    static const char *const folders[] = {"base", "gated-untied", "bf16-sharded", "overflow"};
+    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
+        char folder[64];
+        sida_backend *cuda = gpu_open();
+        sida_model *model;
+        sida_resident *resident;
+        sida_run *run;
+        float *logits[2];
+        snprintf(folder, sizeof folder, "tests/parity/%s", folders[i]);
+        assert_non_null(cuda);
+        read_backs_watch(cuda);
+        OK(sida_model_open(&model, cuda, folder));
+        OK(sida_resident_create(&resident, model));
+        const sida_model_info *info = sida_model_get_info(model);
+        sida_ragged input = random_batch(input_lengths, info->vocabulary, 3);
+        sida_ragged target = random_batch(target_lengths, info->vocabulary, 4);
+        int64_t rows = sida_ragged_tokens(&target);
+        const sida_run_limits limits = {SEQUENCES, sida_ragged_tokens(&input), rows, 8};
+        OK(sida_run_create(&run, model, &limits));
+        for (int hooked = 0; hooked < 2; hooked++) {
+            const sida_moe_driver *driver =
+                sida_resident_driver(resident, NULL, NULL, hooked ? look : NULL);
+            read_backs_reset();
+            OK(sida_run_encode(run, &input, driver));
+            OK(sida_run_decode(run, &target, driver));
+            assert_int_equal(read_backs.waits, hooked * info->sites);
+            assert_int_equal(read_backs.copies, hooked * 3 * info->sites);
+            OK(SIDA_ALLOC(&logits[hooked], rows * info->vocabulary, "logits"));
+            OK(sida_run_read_logits(run, 0, rows, logits[hooked]));
+        }
+        assert_memory_equal(logits[0], logits[1],
+                            (size_t)(rows * info->vocabulary) * sizeof(float));
+        for (int64_t at = 0; at < rows * info->vocabulary; at++)
+            assert_true(isfinite(logits[0][at]));
+        free(logits[0]);
+        free(logits[1]);
+        sida_run_destroy(run);
+        sida_resident_destroy(resident);
+        sida_model_destroy(model);
+        sida_backend_destroy(cuda);
+    }
+}
+
 /* The host's view of the embedding is the device's. */
 static void test_embedding(void **state) {
     (void)state;
@@ -241,9 +294,9 @@ static void test_other_models(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_parity),       cmocka_unit_test(test_embedding),
-        cmocka_unit_test(test_exact),        cmocka_unit_test(test_lossy),
-        cmocka_unit_test(test_other_models),
+        cmocka_unit_test(test_parity),    cmocka_unit_test(test_resident),
+        cmocka_unit_test(test_embedding), cmocka_unit_test(test_exact),
+        cmocka_unit_test(test_lossy),     cmocka_unit_test(test_other_models),
     };
     sida_backend *backend = gpu_open();
     if (!backend) return test_skip(sida_last_message());

@@ -373,11 +373,78 @@ static void test_router(void **state) {
     end_case();
 }
 
+/* skew: most choices are of expert 0. */
+static void check_dispatch(int64_t n, int32_t total, int32_t capacity, int32_t k, int cuts,
+                           bool skew) {
+    enum { MOST_CUTS = 9 };
+    int64_t offsets[MOST_CUTS + 2] = {0};
+    size_t rows = (size_t)(n * k), starts = (size_t)total + 1;
+    int32_t *experts = (int32_t *)host(n * k + 1), *want_rows = (int32_t *)host(n * k + 1);
+    int32_t *got_rows = (int32_t *)host(n * k + 1);
+    uint8_t *want_dropped = (uint8_t *)host(n + 1), *got_dropped = (uint8_t *)host(n + 1);
+    int64_t *want_start = (int64_t *)host(2 * (int64_t)starts);
+    int64_t *got_start = (int64_t *)host(2 * (int64_t)starts);
+    for (int64_t t = 0; t < n; t++)
+        for (int32_t r = 0; r < k; r++) {
+            int32_t e = (int32_t)sida_rng_below(&rng, (uint32_t)total);
+            if (skew && sida_rng_below(&rng, 4)) e = 0;
+            experts[t * k + r] = r ? (experts[t * k] + r) % total : e;
+        }
+    /* Some sequences are empty, the first and the last too. */
+    for (int i = 1; i < cuts; i++) offsets[i + 1] = n * (i / 2) * 2 / cuts;
+    offsets[cuts + 1] = n;
+    if (cuts > 2) offsets[cuts] = n;
+    sida_dispatch_call call = {.dropped = room((size_t)n + 1),
+                               .rows = room((rows + 1) * sizeof *experts),
+                               .row_start = room(starts * sizeof *want_start),
+                               .experts = put(experts, (rows + 1) * sizeof *experts),
+                               .offsets = put(offsets, sizeof offsets),
+                               .n = n,
+                               .k = k,
+                               .sequences = cuts + 1,
+                               .experts_total = total,
+                               .capacity = capacity};
+    OK(cuda()->dispatch(stream, &call));
+    get(got_dropped, call.dropped, (size_t)n);
+    get(got_rows, call.rows, rows * sizeof *got_rows);
+    get(got_start, call.row_start, starts * sizeof *got_start);
+    call.dropped = want_dropped;
+    call.rows = want_rows;
+    call.row_start = want_start;
+    call.experts = experts;
+    call.offsets = offsets;
+    OK(sida_dispatch_cpu(NULL, &call));
+    assert_memory_equal(got_start, want_start, starts * sizeof *got_start);
+    if (n > 0) assert_memory_equal(got_dropped, want_dropped, (size_t)n);
+    size_t kept = (size_t)want_start[total];
+    if (kept > 0) assert_memory_equal(got_rows, want_rows, kept * sizeof *got_rows);
+    end_case();
+}
+
+static void test_dispatch(void **state) {
+    (void)state;
+    static const int64_t counts[] = {0, 1, 31, 32, 33, 300, 5000};
+    static const int32_t totals[] = {1, 8, 64, 256}, capacities[] = {0, 1, 64};
+    for (int c = 0; c < 7; c++)
+        for (int e = 0; e < 4; e++)
+            for (int kind = 0; kind < 6; kind++) {
+                for (int cuts = 0; cuts <= 9; cuts += 3)
+                    check_dispatch(counts[c], totals[e], capacities[kind % 3], 1, cuts, kind / 3);
+                if (totals[e] > 1)
+                    check_dispatch(counts[c], totals[e], 0, 2 + kind % 2, 3, kind / 3);
+            }
+    check_dispatch(20000, 2048, 64, 1, 9, false);
+}
+
 static void check_expert(sida_expert_shape shape) {
-    enum { EXPERTS = 6, TOKENS = 160, K = 2, ROWS = TOKENS * K };
+    enum { EXPERTS = 6, TOKENS = 160, K = 2, ROWS = TOKENS * K, MANY = 2 * ROWS };
     static const int64_t sizes[EXPERTS] = {1, 8, 0, 9, 33, 200};
     int64_t row_start[EXPERTS + 1] = {0};
     int32_t rows[ROWS];
+    /* Experts as a wave gives them, and among many without rows, whose weights are not there. */
+    static const int order[EXPERTS] = {4, 0, 2, 5, 1, 3};
+    int64_t wave_start[EXPERTS], wave_end[EXPERTS], many_start[MANY] = {0}, many_end[MANY] = {0};
+    const void *wave_weights[EXPERTS], *many_weights[MANY] = {NULL};
     for (int e = 0; e < EXPERTS; e++) row_start[e + 1] = row_start[e] + sizes[e];
     for (int i = 0; i < ROWS; i++) rows[i] = i;
     for (int i = ROWS - 1; i > 0; i--) {
@@ -404,19 +471,43 @@ static void check_expert(sida_expert_shape shape) {
                              .count = EXPERTS,
                              .weights = put(on_device, sizeof on_device),
                              .row_start = put(row_start, sizeof row_start),
-                             .rows = put(rows, sizeof rows),
+                             .rows = put(rows, (size_t)used * sizeof *rows),
+                             .rows_total = used,
                              .workspace = room(room_floats * sizeof(float))};
+    call.row_end = call.row_start + 1;
     OK(cuda()->expert(stream, &call));
     get(got, first, bytes);
-    /* In two waves: the same bytes. */
+    /* In two waves, in another order: the same bytes. */
+    for (int i = 0; i < EXPERTS; i++) {
+        wave_start[i] = row_start[order[i]];
+        wave_end[i] = row_start[order[i] + 1];
+        wave_weights[i] = on_device[order[i]];
+        int at = i * 101 + 31;
+        many_start[at] = row_start[i];
+        many_end[at] = row_start[i + 1];
+        many_weights[at] = on_device[i];
+    }
     call.scratch = second;
     call.count = 2;
+    call.weights = put(wave_weights, sizeof wave_weights);
+    call.row_start = put(wave_start, sizeof wave_start);
+    call.row_end = put(wave_end, sizeof wave_end);
     OK(cuda()->expert(stream, &call));
     call.count = EXPERTS - 2;
     call.weights += 2;
     call.row_start += 2;
+    call.row_end += 2;
     OK(cuda()->expert(stream, &call));
     get(again, second, bytes);
+    assert_memory_equal(got, again, bytes);
+    /* More experts than rows. */
+    call.scratch = put(scratch, bytes);
+    call.count = MANY;
+    call.weights = put(many_weights, sizeof many_weights);
+    call.row_start = put(many_start, sizeof many_start);
+    call.row_end = put(many_end, sizeof many_end);
+    OK(cuda()->expert(stream, &call));
+    get(again, call.scratch, bytes);
     assert_memory_equal(got, again, bytes);
     call = (sida_expert_call){.scratch = scratch,
                               .x = x,
@@ -425,7 +516,9 @@ static void check_expert(sida_expert_shape shape) {
                               .count = EXPERTS,
                               .weights = weights,
                               .row_start = row_start,
+                              .row_end = row_start + 1,
                               .rows = rows,
+                              .rows_total = used,
                               .workspace = host((int64_t)room_floats)};
     OK(sida_expert_cpu(NULL, &call));
     for (int64_t i = used; i < ROWS; i++) /* nobody's rows stay */
@@ -473,10 +566,11 @@ static void test_combine(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_linear),  cmocka_unit_test(test_linear_chunks),
-        cmocka_unit_test(test_rows),    cmocka_unit_test(test_attention),
-        cmocka_unit_test(test_buckets), cmocka_unit_test(test_router),
-        cmocka_unit_test(test_expert),  cmocka_unit_test(test_combine),
+        cmocka_unit_test(test_linear),   cmocka_unit_test(test_linear_chunks),
+        cmocka_unit_test(test_rows),     cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_buckets),  cmocka_unit_test(test_router),
+        cmocka_unit_test(test_dispatch), cmocka_unit_test(test_expert),
+        cmocka_unit_test(test_combine),
     };
     backend = gpu_open();
     if (!backend) return test_skip(sida_last_message());

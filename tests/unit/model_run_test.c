@@ -3,6 +3,7 @@
 #include "formats/base/memory.h"
 #include "runtime/backend/backend.h"
 #include "runtime/model/model.h"
+#include "tests/read_backs.h"
 
 #include <errno.h>
 #include <math.h>
@@ -99,6 +100,11 @@ static sida_status one_release(void *context, const int32_t *experts, int32_t co
     return SIDA_OK;
 }
 
+static sida_status nothing(void *context, const sida_moe_call *call) {
+    (void)context, (void)call;
+    return SIDA_OK;
+}
+
 static sida_moe_driver one_driver(one_by_one *context) {
     return (sida_moe_driver){
         .context = context, .begin = one_begin, .take = one_take, .release = one_release};
@@ -120,6 +126,36 @@ static void test_waves(void **state) {
     assert_int_equal(sida_run_encode(w.run, &input, &driver), SIDA_ERROR_ARGUMENT);
     assert_int_equal(context.pinned, 0);
     assert_int_equal(sida_run_decode(w.run, &target, &driver), SIDA_ERROR_ARGUMENT);
+    close_world(&w);
+}
+
+/* How often a pass waits for the device: never where all experts are there, else once a MoE layer
+ * for E + 1 numbers. */
+static void test_read_backs(void **state) {
+    (void)state;
+    world w = {0};
+    OK(sida_backend_create_cpu(&w.backend, &(sida_cpu_options){.poison = true}));
+    read_backs_watch(w.backend);
+    OK(sida_model_open(&w.model, w.backend, BASE));
+    OK(sida_resident_create(&w.resident, w.model));
+    OK(sida_run_create(&w.run, w.model, &limits));
+    const sida_model_info *info = sida_model_get_info(w.model);
+    one_by_one context = {.model = w.model};
+    sida_moe_driver one = one_driver(&context);
+    for (int kind = 0; kind < 3; kind++) {
+        const sida_moe_driver *driver =
+            kind == 1 ? &one
+                      : sida_resident_driver(w.resident, NULL, NULL, kind == 2 ? nothing : NULL);
+        read_backs_reset();
+        OK(sida_run_encode(w.run, &input, driver));
+        OK(sida_run_decode(w.run, &target, driver));
+        assert_int_equal(read_backs.waits, kind == 0 ? 0 : info->sites);
+        /* With a hook: logits, experts, factors. */
+        assert_int_equal(read_backs.copies, (kind == 2 ? 3 : kind) * info->sites);
+        if (kind < 2)
+            assert_int_equal(read_backs.bytes,
+                             kind * info->sites * (info->experts + 1) * (int)sizeof(int64_t));
+    }
     close_world(&w);
 }
 
@@ -414,13 +450,10 @@ static void test_refused_checkpoints(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_waves),
-        cmocka_unit_test(test_hooks),
-        cmocka_unit_test(test_cached_decoding),
-        cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_memory),
-        cmocka_unit_test(test_generate_stops),
-        cmocka_unit_test(test_refused_checkpoints),
+        cmocka_unit_test(test_waves),          cmocka_unit_test(test_read_backs),
+        cmocka_unit_test(test_hooks),          cmocka_unit_test(test_cached_decoding),
+        cmocka_unit_test(test_limits),         cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_generate_stops), cmocka_unit_test(test_refused_checkpoints),
     };
     return cmocka_run_group_tests_name("model_run", tests, NULL, NULL);
 }

@@ -1,4 +1,4 @@
-/* Attention, norm, gate, router, capacity, combine and embedding against plain double loops. */
+/* Attention, norm, gate, router, combine and embedding against plain double loops. */
 #include "formats/base/memory.h"
 #include "formats/base/rng.h"
 #include "runtime/ops/cpu_kernels.h"
@@ -254,20 +254,6 @@ static void test_router(void **state) {
     expect_near(alpha[2], exp(-1) / (1 + exp(-1) + exp(-2) + exp(-3) + exp(-4)));
 }
 
-static void test_capacity(void **state) {
-    (void)state;
-    static const int32_t experts[] = {0, 1, 0, 0, 1, /**/ 0, 0, 0};
-    static const int64_t offsets[] = {0, 5, 5, 8};
-    uint8_t dropped[8];
-    int32_t counts[2];
-    static const uint8_t two[8] = {0, 0, 0, 1, 0, /**/ 0, 0, 1};
-    sida_router_capacity(dropped, experts, 3, offsets, 2, 2, counts);
-    assert_memory_equal(dropped, two, sizeof two);
-    static const uint8_t none[8] = {0};
-    sida_router_capacity(dropped, experts, 3, offsets, 2, 0, counts);
-    assert_memory_equal(dropped, none, sizeof none);
-}
-
 static void test_combine(void **state) {
     (void)state;
     enum { N = 3, K = 2, WIDTH = 19 };
@@ -316,7 +302,6 @@ int main(void) {
         cmocka_unit_test(test_gated),
         cmocka_unit_test(test_exp),
         cmocka_unit_test(test_router),
-        cmocka_unit_test(test_capacity),
         cmocka_unit_test(test_combine),
         cmocka_unit_test(test_embedding),
     };

@@ -175,6 +175,7 @@ static sida_status answer(session *s, const sida_batch *batch) {
     SIDA_TRY(session_reserve(s, batch));
     double begin = sida_clock_seconds();
     SIDA_TRY(sida_run_encode(s->run, &batch->input, driver));
+    SIDA_TRY(sida_stream_synchronize(sida_run_stream(s->run))); /* for the time that is told */
     double encoded = sida_clock_seconds();
     SIDA_TRY(sida_run_generate(s->run, &generate, driver, s->ids, s->counts));
     s->generate_seconds += sida_clock_seconds() - encoded;
