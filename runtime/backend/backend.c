@@ -75,8 +75,35 @@ sida_status sida_event_query(sida_event *event, bool *done) {
     return event->backend->table->event_query(event, done);
 }
 
+bool sida_graph_supported(const sida_backend *backend) {
+    return backend->table->graph_begin != NULL;
+}
+
+sida_status sida_graph_begin(sida_stream *stream) {
+    assert(sida_graph_supported(stream->backend));
+    return stream->backend->table->graph_begin(stream);
+}
+
+sida_status sida_graph_end(sida_stream *stream, sida_graph **out) {
+    *out = NULL;
+    return stream->backend->table->graph_end(stream, out);
+}
+
+sida_status sida_graph_launch(sida_graph *graph, sida_stream *stream) {
+    assert(graph->backend == stream->backend);
+    return graph->backend->table->graph_launch(graph, stream);
+}
+
+void sida_graph_destroy(sida_graph *graph) {
+    if (graph) graph->backend->table->graph_destroy(graph);
+}
+
 void sida_backend_memory(sida_backend *backend, sida_memory_usage *out) {
     backend->table->memory_usage(backend, out);
+}
+
+sida_status sida_backend_sample(sida_backend *backend) {
+    return backend->table->sample(backend);
 }
 
 sida_status sida_backend_set_cap(sida_backend *backend, size_t cap_bytes) {

@@ -18,6 +18,7 @@
 typedef struct sida_backend sida_backend;
 typedef struct sida_stream sida_stream;
 typedef struct sida_event sida_event;
+typedef struct sida_graph sida_graph;
 
 typedef enum sida_memory_kind {
     SIDA_MEMORY_DEVICE, /* counts against the cap; 256-byte aligned */
@@ -40,6 +41,9 @@ typedef enum sida_stream_kind {
 typedef struct sida_memory_usage {
     size_t used_bytes, peak_bytes; /* device memory, now and at most since the cap was set */
     size_t cap_bytes;              /* SIZE_MAX: none */
+    /* What the driver says that this process takes of the device, context and libraries included:
+     * at the last sida_backend_sample(), and the most of all of them. The CPU: used and peak. */
+    size_t driver_bytes, driver_peak_bytes;
 } sida_memory_usage;
 
 /* What a back-end runs on. */
@@ -69,7 +73,13 @@ typedef struct sida_backend_table {
     sida_status (*stream_wait)(sida_stream *stream, sida_event *event);
     sida_status (*event_synchronize)(sida_event *event);
     sida_status (*event_query)(sida_event *event, bool *done);
+    /* Recorded work; NULL where there is none to save (the CPU). */
+    sida_status (*graph_begin)(sida_stream *stream);
+    sida_status (*graph_end)(sida_stream *stream, sida_graph **out);
+    sida_status (*graph_launch)(sida_graph *graph, sida_stream *stream);
+    void (*graph_destroy)(sida_graph *graph);
     void (*memory_usage)(sida_backend *backend, sida_memory_usage *out);
+    sida_status (*sample)(sida_backend *backend);
     sida_status (*set_cap)(sida_backend *backend, size_t cap_bytes);
     sida_status (*describe)(sida_backend *backend, sida_device_info *out);
 } sida_backend_table;
@@ -84,6 +94,9 @@ struct sida_stream {
     sida_stream_kind kind;
 };
 struct sida_event {
+    sida_backend *backend;
+};
+struct sida_graph {
     sida_backend *backend;
 };
 
@@ -136,7 +149,19 @@ sida_status sida_stream_wait(sida_stream *stream, sida_event *event);
 sida_status sida_event_synchronize(sida_event *event);
 sida_status sida_event_query(sida_event *event, bool *done);
 
+/* A graph: work on one stream, recorded once and issued again in one call, with the same pointers
+ * and sizes. Between begin and end the stream's ops and copies are recorded and do not run; nothing
+ * may be created, waited for or asked of the stream meanwhile. */
+bool sida_graph_supported(const sida_backend *backend);
+sida_status sida_graph_begin(sida_stream *stream);
+/* Always ends the recording that begin started; an error leaves *out NULL. */
+sida_status sida_graph_end(sida_stream *stream, sida_graph **out);
+sida_status sida_graph_launch(sida_graph *graph, sida_stream *stream);
+void sida_graph_destroy(sida_graph *graph); /* no launch of it may be running; takes NULL */
+
 void sida_backend_memory(sida_backend *backend, sida_memory_usage *out);
+/* Asks the driver what is in use: a tenth of a millisecond, so not within a batch. */
+sida_status sida_backend_sample(sida_backend *backend);
 /* BUDGET when more than the cap is in use already. */
 sida_status sida_backend_set_cap(sida_backend *backend, size_t cap_bytes);
 /* Asks the driver, on the CPU the system. */

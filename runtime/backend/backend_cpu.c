@@ -122,6 +122,15 @@ static void cpu_memory_usage(sida_backend *base, sida_memory_usage *out) {
     pthread_mutex_unlock(&backend->mutex);
 }
 
+static sida_status cpu_sample(sida_backend *base) {
+    cpu_backend *backend = of(base);
+    pthread_mutex_lock(&backend->mutex);
+    backend->usage.driver_bytes = backend->usage.used_bytes;
+    backend->usage.driver_peak_bytes = backend->usage.peak_bytes;
+    pthread_mutex_unlock(&backend->mutex);
+    return SIDA_OK;
+}
+
 static sida_status cpu_set_cap(sida_backend *base, size_t cap_bytes) {
     cpu_backend *backend = of(base);
     pthread_mutex_lock(&backend->mutex);
@@ -404,6 +413,7 @@ static const sida_backend_table cpu_table = {
     .event_synchronize = cpu_event_synchronize,
     .event_query = cpu_event_query,
     .memory_usage = cpu_memory_usage,
+    .sample = cpu_sample,
     .set_cap = cpu_set_cap,
     .describe = cpu_describe,
 };

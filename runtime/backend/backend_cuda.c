@@ -19,7 +19,7 @@ enum { host_alignment = 4096, poison_byte = 0xff };
 typedef struct cuda_backend {
     sida_backend base;
     int device;
-    bool poison;
+    bool poison, early_launch;
     pthread_mutex_t mutex;
     /* Below: under the mutex. */
     sida_memory_usage usage;
@@ -31,6 +31,11 @@ typedef struct cuda_event {
     sida_event base;
     cudaEvent_t event;
 } cuda_event;
+
+typedef struct cuda_graph {
+    sida_graph base;
+    cudaGraphExec_t run;
+} cuda_graph;
 
 static cuda_backend *of(const sida_backend *backend) {
     return (cuda_backend *)(uintptr_t)backend;
@@ -70,6 +75,10 @@ sida_status sida_cuda_check(cudaError_t code, const char *call) {
     (void)cudaGetLastError();
     return sida_fail(SIDA_ERROR_DEVICE, "cuda: %.*s: %s%s", (int)strcspn(call, "("), call,
                      cudaGetErrorString(code), advice(code));
+}
+
+bool sida_cuda_early_launch(const sida_backend *backend) {
+    return of(backend)->early_launch;
 }
 
 sida_status sida_cuda_use(const sida_backend *backend) {
@@ -192,6 +201,22 @@ static void cuda_memory_usage(sida_backend *base, sida_memory_usage *out) {
     pthread_mutex_lock(&backend->mutex);
     *out = backend->usage;
     pthread_mutex_unlock(&backend->mutex);
+}
+
+static sida_status cuda_sample(sida_backend *base) {
+    cuda_backend *backend = of(base);
+    sida_status status = SIDA_OK;
+    size_t left, total;
+    SIDA_TRY(sida_cuda_use(base));
+    SIDA_TRY(SIDA_CUDA(cudaMemGetInfo(&left, &total)));
+    pthread_mutex_lock(&backend->mutex);
+    sida_memory_usage *usage = &backend->usage;
+    usage->driver_bytes = total - left;
+    if (usage->driver_bytes > usage->driver_peak_bytes)
+        usage->driver_peak_bytes = usage->driver_bytes;
+    pthread_mutex_unlock(&backend->mutex);
+out:
+    return status;
 }
 
 static sida_status cuda_set_cap(sida_backend *base, size_t cap_bytes) {
@@ -342,6 +367,53 @@ out:
     return status;
 }
 
+/* --- graphs */
+
+/* What other threads do meanwhile (the loader's copies) is none of this recording's business. */
+static sida_status cuda_graph_begin(sida_stream *stream) {
+    sida_status status = SIDA_OK;
+    SIDA_TRY(sida_cuda_use(stream->backend));
+    SIDA_TRY(SIDA_CUDA(cudaStreamBeginCapture(sida_cuda_stream_of(stream)->stream,
+                                              cudaStreamCaptureModeThreadLocal)));
+out:
+    return status;
+}
+
+static sida_status cuda_graph_end(sida_stream *stream, sida_graph **out) {
+    sida_status status = SIDA_OK;
+    cuda_graph *graph = NULL;
+    cudaGraph_t recorded = NULL;
+    SIDA_TRY(sida_cuda_use(stream->backend));
+    SIDA_TRY(SIDA_CUDA(cudaStreamEndCapture(sida_cuda_stream_of(stream)->stream, &recorded)));
+    SIDA_TRY(SIDA_ALLOC(&graph, 1, "a graph"));
+    graph->base.backend = stream->backend;
+    SIDA_TRY(SIDA_CUDA(cudaGraphInstantiate(&graph->run, recorded, 0)));
+    count_object(stream->backend, 1);
+    *out = &graph->base;
+    graph = NULL;
+out:
+    if (recorded) (void)cudaGraphDestroy(recorded);
+    free(graph);
+    return status;
+}
+
+static sida_status cuda_graph_launch(sida_graph *graph, sida_stream *stream) {
+    sida_status status = SIDA_OK;
+    SIDA_TRY(sida_cuda_use(stream->backend));
+    SIDA_TRY(SIDA_CUDA(
+        cudaGraphLaunch(((cuda_graph *)graph)->run, sida_cuda_stream_of(stream)->stream)));
+out:
+    return status;
+}
+
+static void cuda_graph_destroy(sida_graph *base) {
+    (void)cudaSetDevice(of(base->backend)->device);
+    (void)cudaGraphExecDestroy(((cuda_graph *)base)->run);
+    (void)cudaGetLastError();
+    count_object(base->backend, -1);
+    free(base);
+}
+
 /* --- the back-end */
 
 static void cuda_destroy(sida_backend *base) {
@@ -366,7 +438,12 @@ static const sida_backend_table cuda_table = {
     .stream_wait = cuda_stream_wait,
     .event_synchronize = cuda_event_synchronize,
     .event_query = cuda_event_query,
+    .graph_begin = cuda_graph_begin,
+    .graph_end = cuda_graph_end,
+    .graph_launch = cuda_graph_launch,
+    .graph_destroy = cuda_graph_destroy,
     .memory_usage = cuda_memory_usage,
+    .sample = cuda_sample,
     .set_cap = cuda_set_cap,
     .describe = cuda_describe,
 };
@@ -416,6 +493,9 @@ sida_status sida_backend_create_cuda(sida_backend **out, const sida_cuda_options
     backend->poison = options && options->poison;
     backend->usage.cap_bytes = SIZE_MAX;
     SIDA_TRY(sida_cuda_use(&backend->base));
+    int major = 0;
+    SIDA_TRY(SIDA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
+    backend->early_launch = major >= 9;
     SIDA_TRY(SIDA_CUDA(cudaFree(NULL))); /* the driver starts here, and not in the first buffer */
     pthread_mutex_init(&backend->mutex, NULL);
     *out = &backend->base;

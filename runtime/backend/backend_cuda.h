@@ -23,6 +23,9 @@ static inline sida_cuda_stream *sida_cuda_stream_of(sida_stream *stream) {
 sida_status sida_cuda_check(cudaError_t code, const char *call);
 #define SIDA_CUDA(call) sida_cuda_check((call), #call)
 
+/* Whether the device can start a kernel before the one in front of it has ended (9.0 and later). */
+bool sida_cuda_early_launch(const sida_backend *backend);
+
 /* Makes the stream's device the calling thread's. */
 sida_status sida_cuda_use(const sida_backend *backend);
 

@@ -19,7 +19,7 @@ static sida_status product(sida_run *run, float *y, const float *x, sida_weight 
 }
 
 static sida_status norm(sida_run *run, float *out, const float *x, sida_weight weight, int64_t n) {
-    return run->ops->rms_norm(run->stream, out, x, weight, n, run->model->config.epsilon);
+    return run->ops->rms_norm(run->stream, out, SIDA_F32, x, weight, n, run->model->config.epsilon);
 }
 
 static int64_t inner_of(const sida_run *run) {

@@ -39,6 +39,8 @@ static sida_dispatch_call dispatch_of(const sida_run *run, const sida_run_choice
     return (sida_dispatch_call){.dropped = choice->dropped,
                                 .rows = choice->rows,
                                 .row_start = choice->row_start,
+                                .busy = choice->busy,
+                                .busy_count = choice->busy_count,
                                 .experts = choice->experts,
                                 .offsets = index->q_start,
                                 .n = call->tokens,
@@ -72,16 +74,15 @@ out:
 }
 
 static sida_status run_experts(sida_run *run, const sida_moe_call *call, int32_t count,
-                               const void *const *weights, const int64_t *row_start,
-                               const int64_t *row_end) {
+                               const void *const *weights, const int32_t *ids) {
     const sida_expert_call experts = {.scratch = run->device.scratch,
                                       .x = run->device.x,
                                       .k = call->k,
                                       .shape = run->model->config.info.expert,
                                       .count = count,
+                                      .ids = ids,
                                       .weights = weights,
-                                      .row_start = row_start,
-                                      .row_end = row_end,
+                                      .row_start = run->device.choice.row_start,
                                       .rows = run->device.choice.rows,
                                       .rows_total = call->tokens * call->k,
                                       .workspace = run->device.expert_workspace};
@@ -94,7 +95,7 @@ static sida_status run_wave(sida_run *run, const sida_moe_call *call, int32_t us
     sida_run_host *host = &run->host;
     size_t before = (size_t)used * SIDA_WAVE_BYTES;
     const void **weights = (const void **)(void *)(host->choice.waves + before);
-    int64_t *first = (int64_t *)(void *)(weights + count), *end = first + count;
+    int32_t *ids = (int32_t *)(void *)(weights + count);
     for (int32_t i = 0; i < count; i++) {
         int32_t e = host->wave[i];
         /* A driver that hands out an expert twice, or one that nobody needs, is wrong. */
@@ -103,14 +104,13 @@ static sida_status run_wave(sida_run *run, const sida_moe_call *call, int32_t us
                       call->site);
         host->pending[e] = false;
         weights[i] = host->weights[i];
-        first[i] = host->choice.row_start[e];
-        end[i] = host->choice.row_start[e + 1];
+        ids[i] = e;
     }
     char *device = run->device.choice.waves + before;
     SIDA_TRY(sida_copy(run->stream, device, weights, (size_t)count * SIDA_WAVE_BYTES));
     const void *const *on_device = (const void *const *)(void *)device;
-    const int64_t *starts = (const int64_t *)(const void *)(on_device + count);
-    SIDA_TRY(run_experts(run, call, count, on_device, starts, starts + count));
+    SIDA_TRY(run_experts(run, call, count, on_device,
+                         (const int32_t *)(const void *)(on_device + count)));
 out:
     return status;
 }
@@ -151,7 +151,7 @@ sida_status sida_run_moe(sida_run *run, const sida_moe_driver *driver, int side,
     const sida_block *block = &model->blocks[side][index];
     sida_run_device *device = &run->device;
     const sida_run_choice *choice = &device->choice;
-    SIDA_TRY(run->ops->rms_norm(run->stream, device->x, device->h, block->ff_norm, tokens,
+    SIDA_TRY(run->ops->rms_norm(run->stream, device->x, SIDA_F32, device->h, block->ff_norm, tokens,
                                 model->config.epsilon));
     sida_linear_call logits = {.y = device->logits_router,
                                .ldy = info->experts,
@@ -190,8 +190,7 @@ sida_status sida_run_moe(sida_run *run, const sida_moe_driver *driver, int side,
     const void *const *weights =
         driver->resident ? driver->resident(driver->context, block->site) : NULL;
     if (weights) {
-        SIDA_TRY(run_experts(run, &call, info->experts, weights, choice->row_start,
-                             choice->row_start + 1));
+        SIDA_TRY(run_experts(run, &call, info->experts, weights, NULL));
     } else {
         assert(driver->begin && driver->take && driver->release);
         if (!hooked) {

@@ -74,6 +74,8 @@ static void lay_choice(sida_run_choice *out, layout *at, const sida_model_info *
     out->dropped = part(at, tokens, sizeof(uint8_t));
     out->rows = part(at, tokens * info->top_k, sizeof(int32_t));
     out->row_start = part(at, (int64_t)info->experts + 1, sizeof(int64_t));
+    out->busy = part(at, info->experts, sizeof(int32_t));
+    out->busy_count = part(at, 1, sizeof(int32_t));
     out->waves = part(at, info->experts, SIDA_WAVE_BYTES);
 }
 

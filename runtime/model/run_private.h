@@ -23,11 +23,13 @@ typedef struct sida_run_choice {
     uint8_t *dropped;   /* [T] */
     int32_t *rows;      /* [T * k] token * k + rank, by expert */
     int64_t *row_start; /* [E + 1] */
-    /* Waves, one behind another: of a wave of c experts c weights, c first rows, c ends. */
+    int32_t *busy;      /* [E] experts with rows */
+    int32_t *busy_count;
+    /* Waves, one behind another: of a wave of c experts c weights, c ids. */
     char *waves; /* [E] of SIDA_WAVE_BYTES */
 } sida_run_choice;
 
-enum { SIDA_WAVE_BYTES = sizeof(const void *) + 2 * sizeof(int64_t) };
+enum { SIDA_WAVE_BYTES = sizeof(const void *) + sizeof(int64_t) };
 
 typedef struct sida_run_device {
     float *h, *x;                   /* [T, d] */

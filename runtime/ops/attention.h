@@ -10,7 +10,8 @@
 /* Queries and keys of sequence s are rows of the matrices given: queries q_start[s] … + q_count[s],
  * at positions q_position[s] … ; keys and values k_start[s] … + k_count[s], at positions 0 … */
 typedef struct sida_attention_call {
-    float *out;             /* [rows of q, heads * d_kv], leading dimension ldo */
+    void *out;              /* [rows of q, heads * d_kv] of out_type, leading dimension ldo */
+    sida_dtype out_type;    /* F32, or BF16 where the device takes it (sida_ops.bf16_activations) */
     const float *q, *k, *v; /* leading dimensions ldq, ldk, ldv */
     int64_t ldo, ldq, ldk, ldv;
     int32_t sequences, heads, d_kv;
@@ -29,6 +30,22 @@ typedef struct sida_attention_call {
 
 typedef sida_status sida_attention_fn(sida_stream *stream, const sida_attention_call *call);
 sida_attention_fn sida_attention_cpu;
+
+/* New keys and values join each sequence's cache: row q_start[s] + i of k and v becomes row
+ * start[s] + position[s] + i of k_cache and v_cache, for i in 0 … q_count[s] - 1. Index arrays as
+ * above. */
+typedef struct sida_append_call {
+    float *k_cache, *v_cache; /* leading dimension width */
+    const float *k, *v;       /* leading dimension ld */
+    int64_t width, ld;        /* width: heads * d_kv */
+    int32_t sequences;
+    int64_t rows;                      /* of k and v, all sequences together */
+    const int64_t *q_start, *start;    /* [sequences] */
+    const int32_t *q_count, *position; /* [sequences] */
+} sida_append_call;
+
+typedef sida_status sida_append_fn(sida_stream *stream, const sida_append_call *call);
+sida_append_fn sida_append_cpu;
 
 /* The bucket of relative position key - query. */
 int32_t sida_relative_bucket(int32_t relative, bool bidirectional, int32_t buckets,

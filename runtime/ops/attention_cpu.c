@@ -2,7 +2,9 @@
 
 #include "runtime/ops/cpu_kernels.h"
 
+#include <assert.h>
 #include <math.h>
+#include <string.h>
 
 enum { MAX_DISTANCE = 4096, MAX_D_KV = 256 };
 
@@ -46,8 +48,23 @@ static const uint8_t *bucket_table_get(bool bidirectional, int32_t buckets, int3
     return table->of;
 }
 
+sida_status sida_append_cpu(sida_stream *stream, const sida_append_call *call) {
+    (void)stream;
+    for (int32_t s = 0; s < call->sequences; s++) {
+        int64_t to = (call->start[s] + call->position[s]) * call->width;
+        size_t row = (size_t)call->width * sizeof(float);
+        for (int64_t i = 0; i < call->q_count[s]; i++, to += call->width) {
+            int64_t from = (call->q_start[s] + i) * call->ld;
+            memcpy(call->k_cache + to, call->k + from, row);
+            memcpy(call->v_cache + to, call->v + from, row);
+        }
+    }
+    return SIDA_OK;
+}
+
 sida_status sida_attention_cpu(sida_stream *stream, const sida_attention_call *call) {
     (void)stream;
+    assert(call->out_type == SIDA_F32);
     const sida_cpu_kernels *kernels = sida_cpu_kernels_get();
     const uint8_t *buckets = NULL;
     if (call->d_kv < 1 || call->d_kv > MAX_D_KV)

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(WARPS *WARP)
 #pragma unroll
         for (int i = 0; i < WARP_QUERIES; i++) {
             if (own + i >= count) continue;
-            float *out = call.out + (q_start + first + own + i) * call.ldo + column;
+            float *out = (float *)call.out + (q_start + first + own + i) * call.ldo + column;
 #pragma unroll
             for (int x = 0; x < D; x++)
                 if (lane + x * WARP < d_kv)

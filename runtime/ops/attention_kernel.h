@@ -177,7 +177,7 @@ static void kernel_attention(const sida_attention_call *call, const uint8_t *buc
         attention_all_values(&task, count);
     }
     for (int i = 0; i < count; i++) {
-        float *out = call->out + (q_row + i) * call->ldo + column;
+        float *out = (float *)call->out + (q_row + i) * call->ldo + column;
         float total = task.total[i];
         for (int32_t d = 0; d < call->d_kv; d++) out[d] = keys > 0 ? task.sums[i][d] / total : 0.0f;
     }

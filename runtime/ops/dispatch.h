@@ -14,6 +14,8 @@ typedef struct sida_dispatch_call {
     uint8_t *dropped;       /* [n] out: 1 where the token's choice is dropped, else 0 */
     int32_t *rows;          /* [n * k] out; what lies behind row_start[E] is not written */
     int64_t *row_start;     /* [E + 1] out */
+    int32_t *busy;          /* [E] out: the experts that have rows, ascending */
+    int32_t *busy_count;    /* [1] out */
     const int32_t *experts; /* [n, k] of 0 … E - 1, distinct within a token */
     const int64_t *offsets; /* [sequences + 1] tokens: from 0 to n */
     int64_t n;

@@ -33,5 +33,9 @@ sida_status sida_dispatch_cpu(sida_stream *stream, const sida_dispatch_call *cal
         }
     memmove(start + 1, start, (size_t)total * sizeof *start);
     start[0] = 0;
+    int32_t busy = 0;
+    for (int32_t e = 0; e < total; e++)
+        if (start[e + 1] > start[e]) call->busy[busy++] = e;
+    *call->busy_count = busy;
     return SIDA_OK;
 }

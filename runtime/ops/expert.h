@@ -19,22 +19,32 @@ static inline size_t sida_expert_bytes(const sida_expert_shape *shape) {
            sida_dtype_bytes(shape->dtype);
 }
 
-/* One wave: `count` experts, expert i works on rows[row_start[i]] … rows[row_end[i] - 1]: any
- * subset of what dispatch grouped, in any order, none twice. A row is token * k + rank. Reads
- * x[token], writes scratch[row]. Each expert sees all its tokens in one product; one without rows
- * costs next to nothing, and its weights may be NULL. */
+/* One wave: experts ids[0] … ids[count - 1], each with all the rows that dispatch gave it, in any
+ * order, none twice. A row is token * k + rank. Reads x[token], writes scratch[row]. Each expert
+ * sees all its tokens in one product; one without rows costs next to nothing, and its weights may
+ * be NULL. */
 typedef struct sida_expert_call {
-    float *scratch; /* [n * k, d_model] */
-    const float *x; /* [n, d_model] */
+    float *scratch;    /* [n * k, d_model] */
+    const void *x;     /* [n, d_model] of x_type */
+    sida_dtype x_type; /* F32, or BF16 where the device takes it (sida_ops.bf16_activations) and the
+                          weights are BF16 */
     int32_t k;
     sida_expert_shape shape;
+    const int32_t *ids; /* [count] of 0 … E - 1; NULL: 0 … count - 1 */
     int32_t count;
-    const void *const *weights; /* [count] device pointers */
-    const int64_t *row_start;   /* [count] */
-    const int64_t *row_end;     /* [count] */
-    const int32_t *rows;        /* [rows_total] */
-    int64_t rows_total;         /* no range ends beyond it: all that the host need know of them */
-    float *workspace;           /* sida_expert_workspace_floats(shape, rows_total) */
+    /* On the device: how many of ids there are, at most count; NULL: count. */
+    const int32_t *count_of;
+    /* Device pointers: [E] by expert, or [count] beside ids. */
+    const void *const *weights;
+    bool weights_by_expert;
+    const int64_t *row_start; /* [E + 1] dispatch's */
+    const int32_t *rows;      /* dispatch's */
+    int64_t rows_total;       /* none is beyond it: all that the host need know of them */
+    float *workspace;         /* sida_expert_workspace_floats(shape, rows_total) */
+    /* Where sida_ops.expert_adds and k is 1: h[token] += alpha[token] * its output, and scratch is
+     * not written; then there is nothing to combine. h NULL: not so. */
+    float *h;           /* [n, d_model] */
+    const float *alpha; /* [n] */
 } sida_expert_call;
 
 size_t sida_expert_workspace_floats(const sida_expert_shape *shape, int64_t rows);

@@ -8,16 +8,25 @@ size_t sida_expert_workspace_floats(const sida_expert_shape *shape, int64_t rows
     return (size_t)rows * (size_t)shape->d_ff * (shape->gated ? 2 : 1);
 }
 
+static int32_t count_of(const sida_expert_call *call) {
+    return call->count_of ? *call->count_of : call->count;
+}
+
+static int32_t id_of(const sida_expert_call *call, int32_t index) {
+    return call->ids ? call->ids[index] : index;
+}
+
 /* The products of one phase over all experts of a wave: expert i's columns are cut into tasks, and
  * the tasks of all experts are shared, so that a wave of many small experts and one of a single
  * large one both use every thread. */
 typedef enum phase { PHASE_IN, PHASE_GATE, PHASE_OUT } phase;
 
-static sida_product product_of(const sida_expert_call *call, phase which, int32_t expert) {
+static sida_product product_of(const sida_expert_call *call, phase which, int32_t index) {
     const sida_expert_shape *shape = &call->shape;
-    int64_t first = call->row_start[expert], rows = call->row_end[expert] - first;
+    int32_t id = id_of(call, index);
+    int64_t first = call->row_start[id], rows = call->row_start[id + 1] - first;
     float *hidden = call->workspace + first * shape->d_ff;
-    const char *weights = call->weights[expert];
+    const char *weights = call->weights[call->weights_by_expert ? id : index];
     size_t matrix = (size_t)shape->d_model * (size_t)shape->d_ff * sida_dtype_bytes(shape->dtype);
     sida_product p = {.n = rows, .dtype = shape->dtype, .scale = 1.0f};
     if (which == PHASE_OUT) {
@@ -40,17 +49,22 @@ static sida_product product_of(const sida_expert_call *call, phase which, int32_
     return p;
 }
 
+static bool has_rows(const sida_expert_call *call, int32_t index) {
+    int32_t id = id_of(call, index);
+    return call->row_start[id + 1] > call->row_start[id];
+}
+
 /* busy: experts that have rows. */
 static void run_phase(const sida_cpu_kernels *kernels, const sida_expert_call *call, phase which,
                       int32_t busy, int threads) {
     int64_t width = which == PHASE_OUT ? call->shape.d_model : call->shape.d_ff;
     int64_t cols = busy >= 4 * threads ? width : sida_product_task_cols(width, threads);
-    int64_t across = (width + cols - 1) / cols, tasks = across * call->count;
+    int64_t across = (width + cols - 1) / cols, tasks = across * count_of(call);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int64_t task = 0; task < tasks; task++) {
-        int32_t expert = (int32_t)(task / across);
-        if (call->row_start[expert] == call->row_end[expert]) continue;
-        sida_product p = product_of(call, which, expert);
+        int32_t index = (int32_t)(task / across);
+        if (!has_rows(call, index)) continue;
+        sida_product p = product_of(call, which, index);
         int64_t col = task % across * cols;
         kernels->product(&p, 0, p.n, col, col + cols < width ? col + cols : width);
     }
@@ -60,10 +74,11 @@ static void run_phase(const sida_cpu_kernels *kernels, const sida_expert_call *c
 static sida_status run_gate(sida_stream *stream, const sida_expert_call *call) {
     const sida_expert_shape *shape = &call->shape;
     sida_status status = SIDA_OK;
-    for (int32_t i = 0, next; i < call->count && status == SIDA_OK; i = next) {
-        int64_t first = call->row_start[i], end = call->row_end[i];
-        for (next = i + 1; next < call->count && call->row_start[next] == end; next++)
-            end = call->row_end[next];
+    const int32_t count = count_of(call);
+    for (int32_t i = 0, next; i < count && status == SIDA_OK; i = next) {
+        int64_t first = call->row_start[id_of(call, i)], end = call->row_start[id_of(call, i) + 1];
+        for (next = i + 1; next < count && call->row_start[id_of(call, next)] == end; next++)
+            end = call->row_start[id_of(call, next) + 1];
         float *hidden = call->workspace + first * shape->d_ff;
         status = sida_gated_cpu(stream, hidden, hidden, hidden + call->rows_total * shape->d_ff,
                                 (end - first) * shape->d_ff, shape->activation);
@@ -74,12 +89,15 @@ static sida_status run_gate(sida_stream *stream, const sida_expert_call *call) {
 sida_status sida_expert_cpu(sida_stream *stream, const sida_expert_call *call) {
     const sida_expert_shape *shape = &call->shape;
     assert(shape->gated || shape->activation == SIDA_ACT_RELU);
+    assert(call->x_type == SIDA_F32 && !call->h);
     int64_t rows = 0;
     int32_t busy = 0;
-    for (int32_t i = 0; i < call->count; i++) {
-        assert(call->row_start[i] <= call->row_end[i] && call->row_end[i] <= call->rows_total);
-        rows += call->row_end[i] - call->row_start[i];
-        busy += call->row_end[i] > call->row_start[i];
+    for (int32_t i = 0; i < count_of(call); i++) {
+        int32_t id = id_of(call, i);
+        assert(call->row_start[id] <= call->row_start[id + 1]);
+        assert(call->row_start[id + 1] <= call->rows_total);
+        rows += call->row_start[id + 1] - call->row_start[id];
+        busy += has_rows(call, i);
     }
     if (rows == 0) return SIDA_OK;
     const sida_cpu_kernels *kernels = sida_cpu_kernels_get();

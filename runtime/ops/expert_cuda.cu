@@ -6,31 +6,16 @@ constexpr int MAX_GRID_Y = 65535, COMBINE_THREADS = 128;
 /* Blocks that share the tokens of an expert with many; the others have nothing to do. */
 constexpr int ROW_BLOCKS = 4;
 
-/* The expert of the call that is number `index` among those with rows; count: there are fewer. All
- * of a warp's lanes come here together. */
-static __device__ int32_t busy_expert(const sida_expert_call &call, int32_t index) {
-    const int lane = threadIdx.x % WARP;
-    for (int32_t base = 0; base < call.count; base += WARP) {
-        const int32_t e = base + lane;
-        const bool busy = e < call.count && call.row_end[e] > call.row_start[e];
-        const unsigned mask = __ballot_sync(0xffffffffu, busy);
-        const bool found = busy && __popc(mask & ((1u << lane) - 1)) == index;
-        const unsigned where = __ballot_sync(0xffffffffu, found);
-        if (where) return base + __ffs((int)where) - 1;
-        index -= __popc(mask);
-    }
-    return call.count;
-}
-
 /* rows[row_start] … rows[row_start + n - 1] are the expert's; hidden: its part of the workspace. */
-static __device__ product expert_product(const sida_expert_call &call, int32_t expert, bool out,
+static __device__ product expert_product(const sida_expert_call &call, int32_t index, bool out,
                                          int64_t *n) {
     const sida_expert_shape &shape = call.shape;
+    const int32_t expert = call.ids ? call.ids[index] : index;
     int64_t first = call.row_start[expert];
-    *n = call.row_end[expert] - first;
+    *n = call.row_start[expert + 1] - first;
     float *hidden = call.workspace + first * shape.d_ff;
     size_t matrix = (size_t)shape.d_model * (size_t)shape.d_ff * (shape.dtype == SIDA_F32 ? 4 : 2);
-    const char *weights = (const char *)call.weights[expert];
+    const char *weights = (const char *)call.weights[call.weights_by_expert ? expert : index];
     product p = {};
     p.scale = 1.0f;
     p.x_divide = 1;
@@ -47,7 +32,7 @@ static __device__ product expert_product(const sida_expert_call &call, int32_t e
     p.up = shape.gated ? weights + matrix : NULL;
     p.activation = shape.activation;
     p.epilogue = SIDA_EPILOGUE_RELU; /* not gated */
-    p.x = call.x;
+    p.x = (const float *)call.x;
     p.x_index = call.rows + first;
     p.x_divide = call.k;
     p.y = hidden;
@@ -59,15 +44,11 @@ static __device__ product expert_product(const sida_expert_call &call, int32_t e
 template <typename W>
 __global__ void __launch_bounds__(PRODUCT_WARPS *WARP)
     expert_kernel(sida_expert_call call, bool out) {
-    /* Fewer rows than experts: most have none, and no blocks are spent on them. */
-    const bool sparse = call.rows_total < call.count;
-    const int32_t places = sparse ? (int32_t)call.rows_total : call.count;
-    for (int32_t i = (int32_t)blockIdx.y; i < places; i += (int32_t)gridDim.y) {
-        const int32_t e = sparse ? busy_expert(call, i) : i;
-        if (e >= call.count) return;
-        if (call.row_start[e] == call.row_end[e]) continue;
+    const int32_t count = call.count_of ? *call.count_of : call.count;
+    for (int32_t i = (int32_t)blockIdx.y; i < count; i += (int32_t)gridDim.y) {
         int64_t n;
-        product p = expert_product(call, e, out, &n);
+        product p = expert_product(call, i, out, &n);
+        if (n == 0) continue;
         product_block<W>(p, n, (int64_t)blockIdx.z * PRODUCT_X, (int64_t)gridDim.z * PRODUCT_X,
                          (int64_t)blockIdx.x * product_columns(p.up != NULL));
     }

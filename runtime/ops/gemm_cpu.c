@@ -67,7 +67,7 @@ sida_status sida_linear_gemm_cpu(sida_stream *stream, const sida_linear_call *ca
     if (!call->bias && call->epilogue != SIDA_EPILOGUE_RELU) return SIDA_OK;
 #pragma omp parallel for schedule(static) if (call->n * w->rows > parallel_work)
     for (int64_t i = 0; i < call->n; i++) {
-        float *y = call->y + i * call->ldy;
+        float *y = (float *)call->y + i * call->ldy;
         if (call->bias)
             for (int64_t j = 0; j < w->rows; j++) y[j] += call->bias[j];
         if (call->epilogue == SIDA_EPILOGUE_RELU)

@@ -29,6 +29,43 @@ static inline sida_status launched(const char *kernel) {
     return sida_cuda_check(cudaGetLastError(), kernel);
 }
 
+/* --- launches
+ *
+ * On compute capability 9.0 and later a kernel may start while the one before it on the stream is
+ * ending (programmatic dependent launch). Every kernel therefore calls await_inputs() in every
+ * thread before it reads what another kernel wrote or writes anything at all; what it reads before
+ * that must be weights and index arrays that no kernel writes. allow_next() says that the next may
+ * start; it costs the next one nothing to wait, so it is called early. */
+
+__device__ inline void await_inputs(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+}
+__device__ inline void allow_next(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+/* Launches kernel<<<grid, threads, shared>>>(arguments...) so; `what` names it in a failure. */
+template <typename... Parameters, typename... Arguments>
+static inline sida_status launch_kernel(const char *what, sida_stream *stream,
+                                        void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                                        size_t shared, Arguments... arguments) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_of(stream);
+    config.attrs = &early;
+    config.numAttrs = sida_cuda_early_launch(stream->backend) ? 1 : 0;
+    return sida_cuda_check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), what);
+}
+
 __device__ inline float to_float(float value) {
     return value;
 }

@@ -1,4 +1,5 @@
 #include "runtime/ops/cpu_kernels.h"
+#include "runtime/ops/norm.h"
 
 #include <assert.h>
 
@@ -47,14 +48,23 @@ void sida_product_run(const sida_product *p) {
 }
 
 sida_status sida_linear_cpu(sida_stream *stream, const sida_linear_call *call) {
-    (void)stream;
+    const void *x = call->x;
+    int64_t ldx = call->ldx;
     assert(call->ldy >= call->weight.rows && call->ldx >= call->weight.cols);
+    assert(call->x_type == SIDA_F32 && call->y_type == SIDA_F32);
+    if (call->norm.data) {
+        assert(call->normed && call->normed_type == SIDA_F32 && ldx == call->weight.cols);
+        sida_status status = sida_rms_norm_cpu(stream, call->normed, SIDA_F32, x, call->norm,
+                                               call->n, call->epsilon);
+        if (status != SIDA_OK) return status;
+        x = call->normed;
+    }
     sida_product product = {.y = call->y,
-                            .x = call->x,
+                            .x = x,
                             .w = call->weight.data,
                             .bias = call->bias,
                             .ldy = call->ldy,
-                            .ldx = call->ldx,
+                            .ldx = ldx,
                             .ldw = call->weight.cols,
                             .n = call->n,
                             .rows = call->weight.rows,

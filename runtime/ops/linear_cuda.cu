@@ -81,9 +81,9 @@ __global__ void __launch_bounds__(PRODUCT_WARPS *WARP) linear_kernel(product p, 
 static sida_status linear_few(sida_stream *stream, const sida_linear_call *call) {
     product p = {};
     p.w = call->weight.data;
-    p.x = call->x;
+    p.x = (const float *)call->x;
     p.bias = call->bias;
-    p.y = call->y;
+    p.y = (float *)call->y;
     p.ldx = call->ldx;
     p.ldy = call->ldy;
     p.rows = call->weight.rows;
@@ -135,7 +135,7 @@ static sida_status gemm(stream_state *state, const sida_linear_call *call, int64
     const sida_weight *w = &call->weight;
     cublasStatus_t code = state->cublas->gemm(
         state->blas, CUBLAS_OP_T, CUBLAS_OP_N, (int)w->rows, (int)n, (int)w->cols, &call->scale,
-        w->data, type, (int)w->cols, x, type, (int)ldx, &beta, call->y + first * call->ldy,
+        w->data, type, (int)w->cols, x, type, (int)ldx, &beta, (float *)call->y + first * call->ldy,
         CUDA_R_32F, (int)call->ldy, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     return check_blas(state, code, "cublasGemmEx");
 }
@@ -157,7 +157,7 @@ static sida_status linear_many(sida_stream *stream, const sida_linear_call *call
         for (int64_t first = 0; status == SIDA_OK && first < call->n; first += most) {
             int64_t n = call->n - first < most ? call->n - first : most;
             narrow_kernel<<<blocks_for(n * cols), THREADS, 0, on>>>(
-                narrow, call->x + first * call->ldx, call->ldx, cols, n * cols);
+                narrow, (const float *)call->x + first * call->ldx, call->ldx, cols, n * cols);
             status = launched("narrowing kernel");
             if (status == SIDA_OK) status = gemm(state, call, first, n, narrow, cols, CUDA_R_16BF);
         }
@@ -165,7 +165,7 @@ static sida_status linear_many(sida_stream *stream, const sida_linear_call *call
     bool relu = call->epilogue == SIDA_EPILOGUE_RELU;
     if (status != SIDA_OK || (!relu && !call->bias)) return status;
     int64_t count = call->n * call->weight.rows;
-    epilogue_kernel<<<blocks_for(count), THREADS, 0, on>>>(call->y, call->ldy, call->bias,
+    epilogue_kernel<<<blocks_for(count), THREADS, 0, on>>>((float *)call->y, call->ldy, call->bias,
                                                            call->weight.rows, count, relu);
     return launched("epilogue kernel");
 }

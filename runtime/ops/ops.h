@@ -27,8 +27,12 @@ typedef struct sida_ops {
     sida_linear_fn *linear;
     sida_gated_fn *gated;
     sida_attention_fn *attention;
+    sida_append_fn *append;
     sida_router_fn *router;
     sida_dispatch_fn *dispatch;
+    /* router and then dispatch of its choice, as one; NULL: call the two. */
+    sida_status (*route)(sida_stream *stream, const sida_router_call *router,
+                         const sida_dispatch_call *dispatch);
     sida_expert_fn *expert;
     sida_combine_fn *combine;
     sida_lstm_fn *lstm;
@@ -38,6 +42,9 @@ typedef struct sida_ops {
      * to prepare. */
     size_t stream_bytes;
     sida_status (*prepare)(sida_stream *stream);
+    /* What products read may be BF16 where their weights are. */
+    bool bf16_activations;
+    bool expert_adds; /* expert adds into h itself where k is 1 */
 } sida_ops;
 
 /* The ops of a back-end; never NULL. */

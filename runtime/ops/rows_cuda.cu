@@ -39,8 +39,11 @@ __global__ void rms_norm_kernel(float *out, const float *x, sida_weight weight, 
         out[c] = x[c] * factor * weight_at(weight.data, c, weight.dtype);
 }
 
-extern "C" sida_status sida_rms_norm_cuda(sida_stream *stream, float *out, const float *x,
-                                          sida_weight weight, int64_t n, float epsilon) {
+extern "C" sida_status sida_rms_norm_cuda(sida_stream *stream, void *out_rows, sida_dtype out_type,
+                                          const float *x, sida_weight weight, int64_t n,
+                                          float epsilon) {
+    float *out = (float *)out_rows;
+    (void)out_type;
     if (n <= 0) return SIDA_OK;
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;

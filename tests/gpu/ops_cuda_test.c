@@ -1,145 +1,6 @@
-/* Each CUDA op against the CPU op on the same cases, and against itself: the same bytes twice.
- *
- * Tolerances, of the norm: 1e-5 where both sides sum in fp32 in different orders (some thousand
- * terms of 6e-8 each); 4e-3 where the device rounds activations to bf16, half a step of 2^-8 at
- * most and independent of one another. A wrong element or formula shows at 1e-1. */
-#include "formats/base/memory.h"
-#include "formats/base/rng.h"
-#include "runtime/ops/ops.h"
-#include "tests/gpu/gpu.h"
-
-static const double tight = 1e-5, rounded = 4e-3;
-
-static sida_backend *backend;
-static sida_stream *stream;
-static sida_rng rng;
-
-/* --- memory of one case */
-
-enum { MOST_BUFFERS = 64 };
-static sida_buffer *buffers[MOST_BUFFERS];
-static float *blocks[MOST_BUFFERS];
-static int buffer_count, block_count;
-
-static void *room(size_t bytes) {
-    assert_true(buffer_count < MOST_BUFFERS);
-    OK(sida_buffer_create(backend, &buffers[buffer_count], SIDA_MEMORY_DEVICE, bytes, "case"));
-    return buffers[buffer_count++]->data;
-}
-
-/* A device copy. */
-static void *put(const void *data, size_t bytes) {
-    void *to = room(bytes);
-    OK(sida_copy(stream, to, data, bytes));
-    OK(sida_stream_synchronize(stream));
-    return to;
-}
-
-static float *put_floats(const float *data, int64_t count) {
-    return put(data, (size_t)count * sizeof *data);
-}
-
-static void get(void *to, const void *from, size_t bytes) {
-    OK(sida_copy(stream, to, from, bytes));
-    OK(sida_stream_synchronize(stream));
-}
-
-/* Host memory of the case. */
-static float *host(int64_t count) {
-    assert_true(block_count < MOST_BUFFERS);
-    OK(SIDA_ALLOC(&blocks[block_count], count, "case"));
-    return blocks[block_count++];
-}
-
-static float *normal(int64_t count, float scale) {
-    float *values = host(count);
-    for (int64_t i = 0; i < count; i++) values[i] = scale * sida_rng_normal(&rng);
-    return values;
-}
-
-/* Values in a stored type, in the first bytes of a block. */
-static void *stored(int64_t count, float scale, sida_dtype dtype) {
-    float *values = normal(count, scale);
-    uint16_t *bits = (uint16_t *)values;
-    for (int64_t i = 0; i < count && dtype != SIDA_F32; i++) {
-        uint32_t wide;
-        memcpy(&wide, &values[i], sizeof wide);
-        bits[i] = dtype == SIDA_F16 ? sida_f16_from_f32(values[i]) : (uint16_t)(wide >> 16);
-    }
-    return values;
-}
-
-static void end_case(void) {
-    while (buffer_count > 0) sida_buffer_destroy(buffers[--buffer_count]);
-    while (block_count > 0) free(blocks[--block_count]);
-}
-
-static const sida_ops *cuda(void) {
-    const sida_ops *ops = sida_ops_of(backend);
-    assert_ptr_equal(ops, &sida_ops_cuda);
-    return ops;
-}
-
-/* --- the ops */
-
-static void check_linear(sida_dtype dtype, int64_t n, int64_t rows, int64_t cols, int variant) {
-    int64_t ldx = cols + variant % 2 * 3, ldy = rows + variant % 3;
-    float *x = normal(n * ldx, 1), *y = normal(n * ldy, 1), *bias = normal(rows, 1);
-    void *w = stored(rows * cols, 1 / sqrtf((float)cols), dtype);
-    float *got = host(n * ldy), *again = host(n * ldy);
-    size_t bytes = (size_t)(n * ldy) * sizeof *y;
-    sida_linear_call call = {
-        .y = put(y, bytes),
-        .ldy = ldy,
-        .x = put_floats(x, n * ldx),
-        .ldx = ldx,
-        .n = n,
-        .weight = {put(w, (size_t)(rows * cols) * sida_dtype_bytes(dtype)), dtype, rows, cols},
-        .bias = variant % 4 < 2 ? put_floats(bias, rows) : NULL,
-        .scale = variant % 5 == 0 ? 0.25f : 1,
-        .epilogue = (sida_epilogue)(variant % 3)};
-    float *first = call.y;
-    OK(cuda()->linear(stream, &call));
-    get(got, first, bytes);
-    call.y = put(y, bytes);
-    OK(cuda()->linear(stream, &call));
-    get(again, call.y, bytes);
-    assert_memory_equal(got, again, bytes);
-    call.y = y;
-    call.x = x;
-    call.weight.data = w;
-    if (call.bias) call.bias = bias;
-    float *before = host(n * ldy);
-    memcpy(before, y, bytes);
-    OK(sida_linear_cpu(NULL, &call));
-    for (int64_t i = 0; i < n; i++)
-        assert_memory_equal(got + i * ldy + rows, before + i * ldy + rows,
-                            (size_t)(ldy - rows) * sizeof *got);
-    char what[80];
-    snprintf(what, sizeof what, "linear %s n %d [%d, %d] variant %d", sida_dtype_name(dtype),
-             (int)n, (int)rows, (int)cols, variant);
-    expect_close(what, got, y, n * ldy, dtype == SIDA_BF16 && n > 16 ? rounded : tight);
-    end_case();
-}
-
-static void test_linear(void **state) {
-    (void)state;
-    static const int64_t counts[] = {1, 2, 7, 8, 9, 16, 17, 33, 300};
-    static const int64_t shapes[][2] = {{40, 24}, {768, 64}, {64, 768}, {33, 100}, {50, 27}};
-    int variant = 0;
-    for (int dtype = SIDA_F32; dtype <= SIDA_BF16; dtype++)
-        for (int s = 0; s < 5; s++)
-            for (int c = 0; c < 9; c++)
-                check_linear((sida_dtype)dtype, counts[c], shapes[s][0], shapes[s][1], variant++);
-    OK(cuda()->linear(stream, &(sida_linear_call){.n = 0, .weight = {NULL, SIDA_F32, 8, 8}}));
-}
-
-/* More rows than the scratch holds in bf16 at once. */
-static void test_linear_chunks(void **state) {
-    (void)state;
-    check_linear(SIDA_BF16, 2100, 24, 2048, 1);
-    check_linear(SIDA_BF16, 2100, 24, 2048, 2);
-}
+/* Each CUDA op but the products against the CPU op on the same cases, and against itself: the same
+ * bytes twice. */
+#include "tests/gpu/op_case.h"
 
 static void test_rows(void **state) {
     (void)state;
@@ -154,10 +15,10 @@ static void test_rows(void **state) {
                 float *out = room(bytes);
                 void *weight = stored(d, 1, (sida_dtype)dtype);
                 sida_weight on = {put(weight, (size_t)d * size), (sida_dtype)dtype, 1, d};
-                OK(cuda()->rms_norm(stream, out, put_floats(x, n * d), on, n, 1e-6f));
+                OK(cuda()->rms_norm(stream, out, SIDA_F32, put_floats(x, n * d), on, n, 1e-6f));
                 get(got, out, bytes);
                 on.data = weight;
-                OK(sida_rms_norm_cpu(NULL, want, x, on, n, 1e-6f));
+                OK(sida_rms_norm_cpu(NULL, want, SIDA_F32, x, on, n, 1e-6f));
                 expect_close("norm", got, want, n * d, tight);
 
                 int32_t *ids = (int32_t *)host(n);
@@ -397,6 +258,8 @@ static void check_dispatch(int64_t n, int32_t total, int32_t capacity, int32_t k
     sida_dispatch_call call = {.dropped = room((size_t)n + 1),
                                .rows = room((rows + 1) * sizeof *experts),
                                .row_start = room(starts * sizeof *want_start),
+                               .busy = room((size_t)total * sizeof(int32_t)),
+                               .busy_count = room(sizeof(int32_t)),
                                .experts = put(experts, (rows + 1) * sizeof *experts),
                                .offsets = put(offsets, sizeof offsets),
                                .n = n,
@@ -411,6 +274,8 @@ static void check_dispatch(int64_t n, int32_t total, int32_t capacity, int32_t k
     call.dropped = want_dropped;
     call.rows = want_rows;
     call.row_start = want_start;
+    call.busy = (int32_t *)host(total);
+    call.busy_count = (int32_t *)host(1);
     call.experts = experts;
     call.offsets = offsets;
     OK(sida_dispatch_cpu(NULL, &call));
@@ -436,150 +301,11 @@ static void test_dispatch(void **state) {
     check_dispatch(20000, 2048, 64, 1, 9, false);
 }
 
-static void check_expert(sida_expert_shape shape) {
-    enum { EXPERTS = 6, TOKENS = 160, K = 2, ROWS = TOKENS * K, MANY = 2 * ROWS };
-    static const int64_t sizes[EXPERTS] = {1, 8, 0, 9, 33, 200};
-    int64_t row_start[EXPERTS + 1] = {0};
-    int32_t rows[ROWS];
-    /* Experts as a wave gives them, and among many without rows, whose weights are not there. */
-    static const int order[EXPERTS] = {4, 0, 2, 5, 1, 3};
-    int64_t wave_start[EXPERTS], wave_end[EXPERTS], many_start[MANY] = {0}, many_end[MANY] = {0};
-    const void *wave_weights[EXPERTS], *many_weights[MANY] = {NULL};
-    for (int e = 0; e < EXPERTS; e++) row_start[e + 1] = row_start[e] + sizes[e];
-    for (int i = 0; i < ROWS; i++) rows[i] = i;
-    for (int i = ROWS - 1; i > 0; i--) {
-        int j = (int)sida_rng_below(&rng, (uint32_t)i + 1), kept = rows[i];
-        rows[i] = rows[j];
-        rows[j] = kept;
-    }
-    int64_t d = shape.d_model, used = row_start[EXPERTS];
-    size_t bytes = (size_t)(ROWS * d) * sizeof(float), one = sida_expert_bytes(&shape);
-    float *x = normal(TOKENS * d, 1), *scratch = normal(ROWS * d, 1), *got = host(ROWS * d);
-    float *again = host(ROWS * d);
-    size_t room_floats = sida_expert_workspace_floats(&shape, used);
-    const void *weights[EXPERTS], *on_device[EXPERTS];
-    for (int e = 0; e < EXPERTS; e++) {
-        int64_t count = (int64_t)(one / sida_dtype_bytes(shape.dtype));
-        weights[e] = stored(count, 0.1f, shape.dtype);
-        on_device[e] = put(weights[e], one);
-    }
-    float *first = put(scratch, bytes), *second = put(scratch, bytes);
-    sida_expert_call call = {.scratch = first,
-                             .x = put_floats(x, TOKENS * d),
-                             .k = K,
-                             .shape = shape,
-                             .count = EXPERTS,
-                             .weights = put(on_device, sizeof on_device),
-                             .row_start = put(row_start, sizeof row_start),
-                             .rows = put(rows, (size_t)used * sizeof *rows),
-                             .rows_total = used,
-                             .workspace = room(room_floats * sizeof(float))};
-    call.row_end = call.row_start + 1;
-    OK(cuda()->expert(stream, &call));
-    get(got, first, bytes);
-    /* In two waves, in another order: the same bytes. */
-    for (int i = 0; i < EXPERTS; i++) {
-        wave_start[i] = row_start[order[i]];
-        wave_end[i] = row_start[order[i] + 1];
-        wave_weights[i] = on_device[order[i]];
-        int at = i * 101 + 31;
-        many_start[at] = row_start[i];
-        many_end[at] = row_start[i + 1];
-        many_weights[at] = on_device[i];
-    }
-    call.scratch = second;
-    call.count = 2;
-    call.weights = put(wave_weights, sizeof wave_weights);
-    call.row_start = put(wave_start, sizeof wave_start);
-    call.row_end = put(wave_end, sizeof wave_end);
-    OK(cuda()->expert(stream, &call));
-    call.count = EXPERTS - 2;
-    call.weights += 2;
-    call.row_start += 2;
-    call.row_end += 2;
-    OK(cuda()->expert(stream, &call));
-    get(again, second, bytes);
-    assert_memory_equal(got, again, bytes);
-    /* More experts than rows. */
-    call.scratch = put(scratch, bytes);
-    call.count = MANY;
-    call.weights = put(many_weights, sizeof many_weights);
-    call.row_start = put(many_start, sizeof many_start);
-    call.row_end = put(many_end, sizeof many_end);
-    OK(cuda()->expert(stream, &call));
-    get(again, call.scratch, bytes);
-    assert_memory_equal(got, again, bytes);
-    call = (sida_expert_call){.scratch = scratch,
-                              .x = x,
-                              .k = K,
-                              .shape = shape,
-                              .count = EXPERTS,
-                              .weights = weights,
-                              .row_start = row_start,
-                              .row_end = row_start + 1,
-                              .rows = rows,
-                              .rows_total = used,
-                              .workspace = host((int64_t)room_floats)};
-    OK(sida_expert_cpu(NULL, &call));
-    for (int64_t i = used; i < ROWS; i++) /* nobody's rows stay */
-        assert_memory_equal(got + rows[i] * d, scratch + rows[i] * d, (size_t)d * sizeof *got);
-    char what[80];
-    snprintf(what, sizeof what, "expert %s d %d ff %d gated %d", sida_dtype_name(shape.dtype),
-             shape.d_model, shape.d_ff, shape.gated);
-    expect_close(what, got, scratch, ROWS * d, tight);
-    end_case();
-}
-
-static void test_expert(void **state) {
-    (void)state;
-    static const int32_t shapes[][2] = {{24, 40}, {64, 96}, {27, 50}, {768, 136}};
-    for (int dtype = SIDA_F32; dtype <= SIDA_BF16; dtype++)
-        for (int s = 0; s < 4; s++)
-            for (int act = 0; act < 4; act++)
-                check_expert((sida_expert_shape){.d_model = shapes[s][0],
-                                                 .d_ff = shapes[s][1],
-                                                 .gated = act > 0,
-                                                 .activation = (sida_activation)(act % 3),
-                                                 .dtype = (sida_dtype)dtype});
-}
-
-static void test_combine(void **state) {
-    (void)state;
-    for (int32_t k = 1; k <= 3; k++)
-        for (int drops = 0; drops < 2; drops++) {
-            int64_t n = 33, d = 100;
-            size_t bytes = (size_t)(n * d) * sizeof(float);
-            float *h = normal(n * d, 1), *scratch = normal(n * k * d, 1), *alpha = normal(n * k, 1);
-            float *got = host(n * d);
-            uint8_t *dropped = (uint8_t *)host(n);
-            for (int64_t i = 0; i < n; i++) dropped[i] = sida_rng_below(&rng, 3) == 0;
-            float *out = put(h, bytes);
-            OK(cuda()->combine(stream, out, put_floats(scratch, n * k * d),
-                               put_floats(alpha, n * k), drops ? put(dropped, (size_t)n) : NULL, n,
-                               k, d));
-            get(got, out, bytes);
-            OK(sida_combine_cpu(NULL, h, scratch, alpha, drops ? dropped : NULL, n, k, d));
-            expect_close("combine", got, h, n * d, tight);
-            end_case();
-        }
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_linear),   cmocka_unit_test(test_linear_chunks),
         cmocka_unit_test(test_rows),     cmocka_unit_test(test_attention),
         cmocka_unit_test(test_buckets),  cmocka_unit_test(test_router),
-        cmocka_unit_test(test_dispatch), cmocka_unit_test(test_expert),
-        cmocka_unit_test(test_combine),
+        cmocka_unit_test(test_dispatch),
     };
-    backend = gpu_open();
-    if (!backend) return test_skip(sida_last_message());
-    rng = sida_rng_seed(11);
-    int failed = 1;
-    if (sida_stream_create(backend, &stream, SIDA_STREAM_COMPUTE) == SIDA_OK) {
-        failed = cmocka_run_group_tests(tests, NULL, NULL);
-        sida_stream_destroy(stream);
-    }
-    sida_backend_destroy(backend);
-    return failed;
+    return run_op_tests(tests, sizeof tests / sizeof *tests);
 }

@@ -16,6 +16,7 @@ typedef struct outcome {
     uint8_t dropped[MOST];
     int32_t rows[MOST];
     int64_t row_start[MOST_EXPERTS + 1];
+    int32_t busy[MOST_EXPERTS], busy_count;
 } outcome;
 
 static void dispatch(outcome *out, const int32_t *experts, int64_t n, int32_t k,
@@ -24,6 +25,8 @@ static void dispatch(outcome *out, const int32_t *experts, int64_t n, int32_t k,
     const sida_dispatch_call call = {.dropped = out->dropped,
                                      .rows = out->rows,
                                      .row_start = out->row_start,
+                                     .busy = out->busy,
+                                     .busy_count = &out->busy_count,
                                      .experts = experts,
                                      .offsets = offsets,
                                      .n = n,
@@ -32,6 +35,10 @@ static void dispatch(outcome *out, const int32_t *experts, int64_t n, int32_t k,
                                      .experts_total = total,
                                      .capacity = capacity};
     assert_int_equal(sida_dispatch_cpu(NULL, &call), SIDA_OK);
+    int32_t busy = 0;
+    for (int32_t e = 0; e < total; e++)
+        if (out->row_start[e + 1] > out->row_start[e]) assert_int_equal(out->busy[busy++], e);
+    assert_int_equal(out->busy_count, busy);
 }
 
 static void test_by_hand(void **state) {
@@ -163,18 +170,13 @@ static void check_ranges(bool gated) {
     dispatch(&out, experts, N, K, offsets, 1, E, 0);
     assert_int_equal(out.row_start[4], out.row_start[5]);
     const void *weights[E], *shuffled[E];
-    int64_t first[E], end[E];
     float *x = random_floats(&rng, N * D), *whole = random_floats(&rng, N * K * D);
     float *waves = random_floats(&rng, N * K * D), *blank = random_floats(&rng, N * K * D);
     float *workspace =
         random_floats(&rng, (int64_t)sida_expert_workspace_floats(&shape, (int64_t)N * K));
     for (int e = 0; e < E; e++)
         weights[e] = e == 4 ? NULL : random_floats(&rng, (int64_t)sida_expert_bytes(&shape) / 4);
-    for (int i = 0; i < E; i++) {
-        shuffled[i] = weights[order[i]];
-        first[i] = out.row_start[order[i]];
-        end[i] = out.row_start[order[i] + 1];
-    }
+    for (int i = 0; i < E; i++) shuffled[i] = weights[order[i]];
     sida_expert_call call = {.scratch = whole,
                              .x = x,
                              .k = K,
@@ -182,7 +184,6 @@ static void check_ranges(bool gated) {
                              .count = E,
                              .weights = weights,
                              .row_start = out.row_start,
-                             .row_end = out.row_start + 1,
                              .rows = out.rows,
                              .rows_total = (int64_t)N * K,
                              .workspace = workspace};
@@ -190,8 +191,7 @@ static void check_ranges(bool gated) {
     memcpy(waves, blank, sizeof(float) * N * K * D);
     call.scratch = waves;
     call.weights = shuffled;
-    call.row_start = first;
-    call.row_end = end;
+    call.ids = order;
     call.count = 3;
     assert_int_equal(sida_expert_cpu(NULL, &call), SIDA_OK);
     for (int row = 0; row < N * K; row++) {
@@ -202,8 +202,7 @@ static void check_ranges(bool gated) {
     call.count = 1;
     for (int i = 3; i < E; i++) {
         call.weights = shuffled + i;
-        call.row_start = first + i;
-        call.row_end = end + i;
+        call.ids = order + i;
         assert_int_equal(sida_expert_cpu(NULL, &call), SIDA_OK);
     }
     assert_memory_equal(waves, whole, sizeof(float) * N * K * D);

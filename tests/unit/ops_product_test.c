@@ -197,7 +197,6 @@ static void run_experts(expert_case *at, int64_t first, int64_t n) {
                              .count = EXPERTS,
                              .weights = at->weights,
                              .row_start = row_start,
-                             .row_end = row_start + 1,
                              .rows = rows,
                              .rows_total = n,
                              .workspace = at->workspace};
