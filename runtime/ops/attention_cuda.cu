@@ -1,33 +1,12 @@
-/* T5 attention, fused: a block takes some queries of one sequence and head over all their keys, a
- * tile of keys at a time, with a running maximum (Milakov and Gimelshein 2018). */
-#include "runtime/ops/kernels_cuda.cuh"
+/* T5 attention of any shape, and the choice between this and the kernel on tensor cores. Fused: a
+ * block takes some queries of one sequence and head over all their keys, a tile of keys at a time,
+ * with a running maximum (Milakov and Gimelshein 2018), all in fp32. And the caches' new rows. */
+#include "runtime/ops/attention_cuda.cuh"
 
 constexpr int WARPS = 4, WARP_QUERIES = 4, QUERIES = WARPS * WARP_QUERIES, KEYS = WARP;
-constexpr int MAX_D_KV = 256, MAX_DISTANCE = 4096, MAX_BUCKETS = 256;
-constexpr int MAX_GRID_Y = 1024;
+constexpr int MAX_D_KV = 256, MAX_DISTANCE = 4096;
 /* Distinct distances between a tile's queries and keys. */
 constexpr int DISTANCES = QUERIES + KEYS - 1;
-
-/* first[b]: the least distance in bucket b or beyond, in one direction. */
-struct bucket_steps {
-    int32_t count; /* buckets of one direction; 0: no bias */
-    int16_t first[MAX_BUCKETS];
-};
-
-static __device__ int bucket_of(const int16_t *first, int count, bool bidirectional,
-                                int32_t relative) {
-    int side = bidirectional && relative > 0 ? count : 0;
-    int32_t distance = relative < 0 ? -relative : bidirectional ? relative : 0;
-    int low = 0, high = count; /* first[low] <= distance < first[high] */
-    while (high - low > 1) {
-        int middle = (low + high) / 2;
-        if (first[middle] <= distance)
-            low = middle;
-        else
-            high = middle;
-    }
-    return side + low;
-}
 
 static __host__ size_t shared_floats(int32_t d_kv) {
     return (size_t)QUERIES * d_kv + (size_t)KEYS * (d_kv + 1) + (size_t)KEYS * d_kv;
@@ -45,9 +24,11 @@ __global__ void __launch_bounds__(WARPS *WARP)
     const int32_t sequence = blockIdx.x / call.heads, head = blockIdx.x % call.heads;
     const int64_t column = (int64_t)head * d_kv;
     float *q = shared, *k = q + QUERIES * d_kv, *v = k + KEYS * (d_kv + 1);
+    for (int i = thread; i < steps.count; i += WARPS * WARP) first_of[i] = steps.first[i];
+    allow_next();
+    await_inputs();
     const int32_t q_count = call.q_count[sequence], k_count = call.k_count[sequence];
     const int64_t q_start = call.q_start[sequence], k_start = call.k_start[sequence];
-    for (int i = thread; i < steps.count; i += WARPS * WARP) first_of[i] = steps.first[i];
     for (int32_t first = (int32_t)blockIdx.y * QUERIES; first < q_count;
          first += (int32_t)gridDim.y * QUERIES) {
         const int32_t count = q_count - first < QUERIES ? q_count - first : QUERIES;
@@ -124,11 +105,17 @@ __global__ void __launch_bounds__(WARPS *WARP)
 #pragma unroll
         for (int i = 0; i < WARP_QUERIES; i++) {
             if (own + i >= count) continue;
-            float *out = (float *)call.out + (q_start + first + own + i) * call.ldo + column;
+            const int64_t to = (q_start + first + own + i) * call.ldo + column;
 #pragma unroll
-            for (int x = 0; x < D; x++)
-                if (lane + x * WARP < d_kv)
-                    out[lane + x * WARP] = keys > 0 ? sum[i][x] / total[i] : 0.0f;
+            for (int x = 0; x < D; x++) {
+                const int32_t d = lane + x * WARP;
+                const float value = keys > 0 ? sum[i][x] / total[i] : 0.0f;
+                if (d >= d_kv) continue;
+                if (call.out_type == SIDA_F32)
+                    ((float *)call.out)[to + d] = value;
+                else
+                    ((__nv_bfloat16 *)call.out)[to + d] = __float2bfloat16_rn(value);
+            }
         }
     }
 }
@@ -161,13 +148,9 @@ static sida_status launch(sida_stream *stream, const sida_attention_call *call,
     sida_status status = SIDA_CUDA(cudaFuncSetAttribute(
         attention_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes));
     if (status != SIDA_OK) return status;
-    int64_t down = (call->rows + QUERIES - 1) / QUERIES;
-    dim3 grid((unsigned)call->sequences * (unsigned)call->heads,
-              (unsigned)(down < 1            ? 1
-                         : down < MAX_GRID_Y ? down
-                                             : MAX_GRID_Y));
-    attention_kernel<D><<<grid, WARPS * WARP, bytes, stream_of(stream)>>>(*call, *steps);
-    return launched("attention kernel");
+    dim3 grid((unsigned)call->sequences * (unsigned)call->heads, attention_blocks(call, QUERIES));
+    return launch_kernel("attention kernel", stream, attention_kernel<D>, grid, WARPS * WARP, bytes,
+                         *call, *steps);
 }
 
 extern "C" sida_status sida_attention_cuda(sida_stream *stream, const sida_attention_call *call) {
@@ -190,7 +173,47 @@ extern "C" sida_status sida_attention_cuda(sida_stream *stream, const sida_atten
     }
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;
+    if (attention_tiles_take(call)) return attention_tiles(stream, call, steps);
     if (call->d_kv <= 2 * WARP) return launch<2>(stream, call, steps);
     if (call->d_kv <= 4 * WARP) return launch<4>(stream, call, steps);
     return launch<MAX_D_KV / WARP>(stream, call, steps);
+}
+
+/* --- append: a block a row, or more than one where a sequence has many */
+
+constexpr int APPEND_THREADS = 256;
+
+/* P: float, or float4 where everything is aligned; width and ld are counted in it. */
+template <typename P>
+__global__ void __launch_bounds__(APPEND_THREADS)
+    append_kernel(sida_append_call call, int64_t width, int64_t ld) {
+    allow_next();
+    await_inputs();
+    const int32_t s = blockIdx.x, count = call.q_count[s];
+    const int64_t from = call.q_start[s], to = call.start[s] + call.position[s];
+    for (int32_t i = (int32_t)blockIdx.y; i < count; i += (int32_t)gridDim.y)
+        for (int64_t c = threadIdx.x; c < 2 * width; c += APPEND_THREADS) {
+            const bool key = c < width;
+            const int64_t at = key ? c : c - width;
+            ((P *)(key ? call.k_cache : call.v_cache))[(to + i) * width + at] =
+                ((const P *)(key ? call.k : call.v))[(from + i) * ld + at];
+        }
+}
+
+extern "C" sida_status sida_append_cuda(sida_stream *stream, const sida_append_call *call) {
+    if (call->sequences <= 0 || call->rows <= 0) return SIDA_OK;
+    sida_status status = sida_cuda_use(stream->backend);
+    if (status != SIDA_OK) return status;
+    const int64_t down = (call->rows + call->sequences - 1) / call->sequences;
+    const dim3 grid((unsigned)call->sequences, (unsigned)(down < 1024 ? down : 1024));
+    const bool packed =
+        (call->width | call->ld) % 4 == 0 && ((uintptr_t)call->k_cache | (uintptr_t)call->v_cache |
+                                              (uintptr_t)call->k | (uintptr_t)call->v) %
+                                                     16 ==
+                                                 0;
+    if (packed)
+        return launch_kernel("append kernel", stream, append_kernel<float4>, grid, APPEND_THREADS,
+                             0, *call, call->width / 4, call->ld / 4);
+    return launch_kernel("append kernel", stream, append_kernel<float>, grid, APPEND_THREADS, 0,
+                         *call, call->width, call->ld);
 }

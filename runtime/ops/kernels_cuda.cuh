@@ -111,6 +111,7 @@ __device__ inline float activate(float x, sida_activation activation) {
 struct product {
     const void *w, *up; /* [rows, cols] */
     const float *x, *bias;
+    const float *alpha; /* [rows of y]: y += alpha * …; NULL: no */
     float *y;
     const int32_t *x_index, *y_index;
     int64_t ldx, ldy, rows, cols;
@@ -220,7 +221,10 @@ __device__ void product_rows(const product &p, int64_t row, int count, int64_t c
     if (col >= p.rows) return;
     float value = mine * p.scale + (p.bias ? p.bias[col] : 0.0f);
     if (p.epilogue == SIDA_EPILOGUE_RELU) value = value < 0.0f ? 0.0f : value;
-    y[col] = p.epilogue == SIDA_EPILOGUE_ADD ? y[col] + value : value;
+    if (p.alpha)
+        y[col] = fmaf(p.alpha[p.y_index ? p.y_index[row + r] : row + r], value, y[col]);
+    else
+        y[col] = p.epilogue == SIDA_EPILOGUE_ADD ? y[col] + value : value;
 }
 
 /* Rows first, first + step, … of n, in groups of PRODUCT_X; columns from `col`. A row's sums have

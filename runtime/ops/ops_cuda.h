@@ -15,8 +15,11 @@ sida_rms_norm_fn sida_rms_norm_cuda;
 sida_linear_fn sida_linear_cuda;
 sida_gated_fn sida_gated_cuda;
 sida_attention_fn sida_attention_cuda;
+sida_append_fn sida_append_cuda;
 sida_router_fn sida_router_cuda;
 sida_dispatch_fn sida_dispatch_cuda;
+sida_status sida_route_cuda(sida_stream *stream, const sida_router_call *router,
+                            const sida_dispatch_call *dispatch);
 sida_expert_fn sida_expert_cuda;
 sida_combine_fn sida_combine_cuda;
 

@@ -1,14 +1,62 @@
-/* Ops that work along one row: embedding, norm, gate, router. */
+/* Ops that work along one row: embedding, norm, gate. */
 #include "runtime/ops/kernels_cuda.cuh"
 
 constexpr int THREADS = 128;
 
+/* Four stored elements; one, where rows do not begin at multiples of four. */
+static __device__ float4 load4(const float *from) {
+    return *(const float4 *)from;
+}
+template <typename W> static __device__ float4 load4(const W *from) {
+    W part[4];
+    const uint2 raw = *(const uint2 *)from;
+    memcpy(part, &raw, sizeof part);
+    return make_float4(to_float(part[0]), to_float(part[1]), to_float(part[2]), to_float(part[3]));
+}
+
+static __device__ void store4(float *to, float4 v) {
+    *(float4 *)to = v;
+}
+static __device__ void store4(__nv_bfloat16 *to, float4 v) {
+    const __nv_bfloat162 part[2] = {__floats2bfloat162_rn(v.x, v.y),
+                                    __floats2bfloat162_rn(v.z, v.w)};
+    uint2 raw;
+    memcpy(&raw, part, sizeof raw);
+    *(uint2 *)to = raw;
+}
+
+static __device__ void store(float *to, float v) {
+    *to = v;
+}
+static __device__ void store(__nv_bfloat16 *to, float v) {
+    *to = __float2bfloat16_rn(v);
+}
+
+static bool aligned(const void *a, const void *b, int64_t d) {
+    return d % 4 == 0 && ((uintptr_t)a | (uintptr_t)b) % 16 == 0;
+}
+
 /* --- embedding: a block a row */
 
-__global__ void embedding_kernel(float *out, sida_weight table, const int32_t *ids) {
-    int64_t row = blockIdx.x, from = (int64_t)ids[row] * table.cols;
-    for (int64_t c = threadIdx.x; c < table.cols; c += blockDim.x)
-        out[row * table.cols + c] = weight_at(table.data, from + c, table.dtype);
+template <typename W>
+__global__ void embedding_kernel(float *out, const W *table, const int32_t *ids, int64_t d,
+                                 bool packed) {
+    allow_next();
+    await_inputs();
+    const W *from = table + ids[blockIdx.x] * d;
+    out += blockIdx.x * d;
+    if (packed)
+        for (int64_t c = 4 * threadIdx.x; c < d; c += 4 * THREADS) store4(out + c, load4(from + c));
+    else
+        for (int64_t c = threadIdx.x; c < d; c += THREADS) out[c] = to_float(from[c]);
+}
+
+template <typename W>
+static sida_status embed(sida_stream *stream, float *out, sida_weight table, const int32_t *ids,
+                         int64_t n) {
+    return launch_kernel("embedding kernel", stream, embedding_kernel<W>, dim3((unsigned)n),
+                         THREADS, 0, out, (const W *)table.data, ids, table.cols,
+                         aligned(out, table.data, table.cols));
 }
 
 extern "C" sida_status sida_embedding_cuda(sida_stream *stream, float *out, sida_weight table,
@@ -16,45 +64,115 @@ extern "C" sida_status sida_embedding_cuda(sida_stream *stream, float *out, sida
     if (n <= 0) return SIDA_OK;
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;
-    embedding_kernel<<<(unsigned)n, THREADS, 0, stream_of(stream)>>>(out, table, ids);
-    return launched("embedding kernel");
+    if (table.dtype == SIDA_F32) return embed<float>(stream, out, table, ids, n);
+    if (table.dtype == SIDA_F16) return embed<__half>(stream, out, table, ids, n);
+    return embed<__nv_bfloat16>(stream, out, table, ids, n);
 }
 
-/* --- RMS norm: a block a row */
+/* --- RMS norm: a block a row. Up to 1024 elements it is one warp, which keeps them: no barrier. */
 
-__global__ void rms_norm_kernel(float *out, const float *x, sida_weight weight, float epsilon) {
-    __shared__ float parts[THREADS / WARP];
-    const int64_t d = weight.cols;
+constexpr int NORM_PACKS = 8; /* of four elements, that a thread keeps */
+
+template <int ROW_THREADS> static __device__ float block_sum(float sum) {
+    __shared__ float parts[ROW_THREADS / WARP];
+    sum = warp_sum(sum);
+    if (ROW_THREADS == WARP) return sum;
+    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = sum;
+    __syncthreads();
+    sum = 0.0f;
+    for (int i = 0; i < ROW_THREADS / WARP; i++) sum += parts[i];
+    return sum;
+}
+
+/* d <= 4 * NORM_PACKS * ROW_THREADS, rows aligned. */
+template <int ROW_THREADS, typename Out, typename W>
+__global__ void __launch_bounds__(ROW_THREADS)
+    rms_norm_packed_kernel(Out *out, const float *x, const W *weight, int64_t d, float epsilon) {
+    float4 w[NORM_PACKS], v[NORM_PACKS];
+    allow_next();
+#pragma unroll
+    for (int i = 0; i < NORM_PACKS; i++) {
+        const int64_t c = 4 * (threadIdx.x + i * ROW_THREADS);
+        if (c < d) w[i] = load4(weight + c);
+    }
+    await_inputs();
+    x += blockIdx.x * d;
+    out += blockIdx.x * d;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_PACKS; i++) {
+        const int64_t c = 4 * (threadIdx.x + i * ROW_THREADS);
+        v[i] = c < d ? load4(x + c) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+#pragma unroll
+    for (int i = 0; i < NORM_PACKS; i++)
+        sum = fmaf(v[i].x, v[i].x,
+                   fmaf(v[i].y, v[i].y, fmaf(v[i].z, v[i].z, fmaf(v[i].w, v[i].w, sum))));
+    const float factor = 1.0f / sqrtf(block_sum<ROW_THREADS>(sum) / (float)d + epsilon);
+#pragma unroll
+    for (int i = 0; i < NORM_PACKS; i++) {
+        const int64_t c = 4 * (threadIdx.x + i * ROW_THREADS);
+        if (c < d)
+            store4(out + c, make_float4(v[i].x * factor * w[i].x, v[i].y * factor * w[i].y,
+                                        v[i].z * factor * w[i].z, v[i].w * factor * w[i].w));
+    }
+}
+
+/* Any d. */
+template <typename Out, typename W>
+__global__ void __launch_bounds__(THREADS)
+    rms_norm_kernel(Out *out, const float *x, const W *weight, int64_t d, float epsilon) {
+    allow_next();
+    await_inputs();
     x += blockIdx.x * d;
     out += blockIdx.x * d;
     float sum = 0.0f;
     for (int64_t c = threadIdx.x; c < d; c += THREADS) sum = fmaf(x[c], x[c], sum);
-    sum = warp_sum(sum);
-    if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = sum;
-    __syncthreads();
-    sum = 0.0f;
-    for (int i = 0; i < THREADS / WARP; i++) sum += parts[i];
-    float factor = 1.0f / sqrtf(sum / (float)d + epsilon);
+    const float factor = 1.0f / sqrtf(block_sum<THREADS>(sum) / (float)d + epsilon);
     for (int64_t c = threadIdx.x; c < d; c += THREADS)
-        out[c] = x[c] * factor * weight_at(weight.data, c, weight.dtype);
+        store(out + c, x[c] * factor * to_float(weight[c]));
 }
 
-extern "C" sida_status sida_rms_norm_cuda(sida_stream *stream, void *out_rows, sida_dtype out_type,
+template <typename Out, typename W>
+static sida_status norm(sida_stream *stream, void *out, const float *x, sida_weight weight,
+                        int64_t n, float epsilon) {
+    constexpr int WIDE = 128;
+    const int64_t d = weight.cols;
+    auto *kernel = rms_norm_kernel<Out, W>;
+    unsigned threads = THREADS;
+    if (aligned(out, x, d) && aligned(weight.data, x, d) && d <= 4 * NORM_PACKS * WIDE) {
+        threads = d <= 4 * NORM_PACKS * WARP ? WARP : WIDE;
+        kernel = threads == WARP ? rms_norm_packed_kernel<WARP, Out, W>
+                                 : rms_norm_packed_kernel<WIDE, Out, W>;
+    }
+    return launch_kernel("norm kernel", stream, kernel, dim3((unsigned)n), threads, 0, (Out *)out,
+                         x, (const W *)weight.data, d, epsilon);
+}
+
+template <typename Out>
+static sida_status norm_to(sida_stream *stream, void *out, const float *x, sida_weight weight,
+                           int64_t n, float epsilon) {
+    if (weight.dtype == SIDA_F32) return norm<Out, float>(stream, out, x, weight, n, epsilon);
+    if (weight.dtype == SIDA_F16) return norm<Out, __half>(stream, out, x, weight, n, epsilon);
+    return norm<Out, __nv_bfloat16>(stream, out, x, weight, n, epsilon);
+}
+
+extern "C" sida_status sida_rms_norm_cuda(sida_stream *stream, void *out, sida_dtype out_type,
                                           const float *x, sida_weight weight, int64_t n,
                                           float epsilon) {
-    float *out = (float *)out_rows;
-    (void)out_type;
     if (n <= 0) return SIDA_OK;
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;
-    rms_norm_kernel<<<(unsigned)n, THREADS, 0, stream_of(stream)>>>(out, x, weight, epsilon);
-    return launched("norm kernel");
+    return out_type == SIDA_BF16 ? norm_to<__nv_bfloat16>(stream, out, x, weight, n, epsilon)
+                                 : norm_to<float>(stream, out, x, weight, n, epsilon);
 }
 
 /* --- gate */
 
 __global__ void gated_kernel(float *out, const float *gate, const float *up, int64_t count,
                              sida_activation activation) {
+    allow_next();
+    await_inputs();
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count;
          i += (int64_t)gridDim.x * blockDim.x)
         out[i] = activate(gate[i], activation) * up[i];
@@ -65,80 +183,8 @@ extern "C" sida_status sida_gated_cuda(sida_stream *stream, float *out, const fl
     if (count <= 0) return SIDA_OK;
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;
-    int64_t blocks = (count + THREADS - 1) / THREADS;
-    gated_kernel<<<(unsigned)(blocks < 65536 ? blocks : 65536), THREADS, 0, stream_of(stream)>>>(
-        out, gate, up, count, activation);
-    return launched("gate kernel");
-}
-
-/* --- router: a warp a token */
-
-/* Larger for a larger logit and, between equal ones, for the lower id; NaN below all; never 0. */
-static __device__ unsigned long long rank_key(float logit, int32_t expert) {
-    uint32_t bits = __float_as_uint(logit + 0.0f); /* -0 becomes 0 */
-    bits = isnan(logit) ? 0u : (bits >> 31 ? ~bits : bits | 0x80000000u);
-    return (unsigned long long)bits << 32 | (0xffffffffu - (uint32_t)expert);
-}
-
-/* The best of those below `bound`. */
-static __device__ unsigned long long best_below(const float *logits, const uint8_t *allowed,
-                                                int32_t experts, int lane,
-                                                unsigned long long bound) {
-    unsigned long long best = 0;
-    for (int32_t e = lane; e < experts; e += WARP) {
-        if (allowed && !allowed[e]) continue;
-        unsigned long long key = rank_key(logits[e], e);
-        if (key < bound && key > best) best = key;
-    }
-    for (int step = WARP / 2; step > 0; step /= 2) {
-        unsigned long long other = __shfl_xor_sync(0xffffffffu, best, step);
-        if (other > best) best = other;
-    }
-    return best;
-}
-
-__global__ void router_kernel(sida_router_call call) {
-    const int lane = threadIdx.x % WARP;
-    const int64_t token = (int64_t)blockIdx.x * (THREADS / WARP) + threadIdx.x / WARP;
-    if (token >= call.n) return;
-    const float *logits = call.logits + token * call.experts_total;
-    const uint8_t *allowed =
-        call.allowed ? call.allowed + (int64_t)call.set_of[token] * call.experts_total : NULL;
-    int32_t *experts = call.experts + token * call.k;
-    float *alpha = call.alpha + token * call.k;
-    float high = 0.0f, sum = 0.0f;
-    unsigned long long bound = ~0ull;
-    for (int32_t r = 0; r < call.k; r++) {
-        bound = best_below(logits, allowed, call.experts_total, lane, bound);
-        int32_t e = (int32_t)(0xffffffffu - (uint32_t)bound);
-        float logit = logits[e];
-        if (r == 0) {
-            high = logit;
-            for (int32_t i = lane; allowed && !call.renormalise && i < call.experts_total;
-                 i += WARP)
-                high = logits[i] > high ? logits[i] : high;
-            if (allowed && !call.renormalise) high = warp_max(high);
-        }
-        float share = expf(logit - high);
-        if (call.renormalise) sum += share;
-        if (lane == 0) {
-            experts[r] = e;
-            alpha[r] = share;
-        }
-    }
-    if (!call.renormalise) {
-        for (int32_t i = lane; i < call.experts_total; i += WARP) sum += expf(logits[i] - high);
-        sum = warp_sum(sum);
-    }
-    if (lane == 0)
-        for (int32_t r = 0; r < call.k; r++) alpha[r] /= sum;
-}
-
-extern "C" sida_status sida_router_cuda(sida_stream *stream, const sida_router_call *call) {
-    if (call->n <= 0) return SIDA_OK;
-    sida_status status = sida_cuda_use(stream->backend);
-    if (status != SIDA_OK) return status;
-    int64_t blocks = (call->n + THREADS / WARP - 1) / (THREADS / WARP);
-    router_kernel<<<(unsigned)blocks, THREADS, 0, stream_of(stream)>>>(*call);
-    return launched("router kernel");
+    const int64_t blocks = (count + THREADS - 1) / THREADS;
+    return launch_kernel("gate kernel", stream, gated_kernel,
+                         dim3((unsigned)(blocks < 65536 ? blocks : 65536)), THREADS, 0, out, gate,
+                         up, count, activation);
 }

@@ -71,6 +71,13 @@ static inline void *stored(int64_t count, float scale, sida_dtype dtype) {
     return values;
 }
 
+/* Rounded to the nearest, ties to even; not for NaN. */
+static inline uint16_t bf16_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 static inline void end_case(void) {
     while (buffer_count > 0) sida_buffer_destroy(buffers[--buffer_count]);
     while (block_count > 0) free(blocks[--block_count]);

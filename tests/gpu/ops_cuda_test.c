@@ -1,31 +1,53 @@
-/* Each CUDA op but the products against the CPU op on the same cases, and against itself: the same
- * bytes twice. */
+/* Each CUDA op but products and attention against the CPU op on the same cases. */
 #include "tests/gpu/op_case.h"
+
+/* In fp32, and the same rounded to bf16. */
+static void check_norm(int64_t n, int64_t d, sida_dtype dtype) {
+    const size_t bytes = (size_t)(n * d) * sizeof(float);
+    float *x = normal(n * d, 3), *want = host(n * d), *got = host(n * d);
+    void *weight = stored(d, 1, dtype), *out = room(bytes);
+    sida_weight on = {put(weight, (size_t)d * sida_dtype_bytes(dtype)), dtype, 1, d};
+    const float *from = put_floats(x, n * d);
+    OK(cuda()->rms_norm(stream, out, SIDA_F32, from, on, n, 1e-6f));
+    get(got, out, bytes);
+    uint16_t *halves = (uint16_t *)host(n * d);
+    OK(cuda()->rms_norm(stream, out, SIDA_BF16, from, on, n, 1e-6f));
+    get(halves, out, bytes / 2);
+    for (int64_t i = 0; i < n * d; i++) assert_int_equal(halves[i], bf16_of(got[i]));
+    on.data = weight;
+    OK(sida_rms_norm_cpu(NULL, want, SIDA_F32, x, on, n, 1e-6f));
+    expect_close("norm", got, want, n * d, tight);
+    end_case();
+}
+
+static void test_norm(void **state) {
+    (void)state;
+    /* A warp's, a block's, and what does not fit or is not aligned. */
+    static const int64_t widths[] = {4, 24, 27, 768, 1024, 1028, 4096, 4100};
+    for (int dtype = SIDA_F32; dtype <= SIDA_BF16; dtype++)
+        for (int w = 0; w < 8; w++) {
+            check_norm(1, widths[w], (sida_dtype)dtype);
+            check_norm(25, widths[w], (sida_dtype)dtype);
+        }
+    check_norm(300, 768, SIDA_BF16);
+}
 
 static void test_rows(void **state) {
     (void)state;
-    static const int64_t counts[] = {1, 2, 9, 33, 300}, widths[] = {24, 100, 768};
+    static const int64_t counts[] = {1, 33, 300}, widths[] = {24, 27, 768};
     for (int dtype = SIDA_F32; dtype <= SIDA_BF16; dtype++)
-        for (int c = 0; c < 5; c++)
+        for (int c = 0; c < 3; c++)
             for (int w = 0; w < 3; w++) {
                 int64_t n = counts[c], d = widths[w], words = 50;
                 size_t bytes = (size_t)(n * d) * sizeof(float);
                 size_t size = sida_dtype_bytes((sida_dtype)dtype);
                 float *x = normal(n * d, 3), *want = host(n * d), *got = host(n * d);
                 float *out = room(bytes);
-                void *weight = stored(d, 1, (sida_dtype)dtype);
-                sida_weight on = {put(weight, (size_t)d * size), (sida_dtype)dtype, 1, d};
-                OK(cuda()->rms_norm(stream, out, SIDA_F32, put_floats(x, n * d), on, n, 1e-6f));
-                get(got, out, bytes);
-                on.data = weight;
-                OK(sida_rms_norm_cpu(NULL, want, SIDA_F32, x, on, n, 1e-6f));
-                expect_close("norm", got, want, n * d, tight);
-
                 int32_t *ids = (int32_t *)host(n);
                 for (int64_t i = 0; i < n; i++) ids[i] = (int32_t)sida_rng_below(&rng, 50);
                 void *table = stored(words * d, 1, (sida_dtype)dtype);
-                on = (sida_weight){put(table, (size_t)(words * d) * size), (sida_dtype)dtype, words,
-                                   d};
+                sida_weight on = {put(table, (size_t)(words * d) * size), (sida_dtype)dtype, words,
+                                  d};
                 OK(cuda()->embedding(stream, out, on, put(ids, (size_t)n * sizeof *ids), n));
                 get(got, out, bytes);
                 on.data = table;
@@ -41,128 +63,6 @@ static void test_rows(void **state) {
                 expect_close("gate", got, want, n * d, tight);
                 end_case();
             }
-}
-
-enum { SEQUENCES = 5, HEADS = 3, BUCKETS = 32, DISTANCE = 128 };
-
-static void check_attention(int32_t d_kv, int kind, sida_dtype dtype) {
-    static const int32_t q_count[SEQUENCES] = {29, 0, 1, 53, 300};
-    static const int32_t k_count[SEQUENCES] = {29, 3, 1, 280, 300};
-    int32_t position[SEQUENCES];
-    int64_t width = (int64_t)HEADS * d_kv, rows = 0, keys = 0;
-    int64_t q_start[SEQUENCES], k_start[SEQUENCES];
-    for (int s = 0; s < SEQUENCES; s++) {
-        q_start[s] = rows;
-        k_start[s] = keys;
-        position[s] = kind == 1 ? k_count[s] - q_count[s] : 0;
-        rows += q_count[s];
-        keys += k_count[s];
-    }
-    float *q = normal(rows * width, 0.3f), *k = normal(keys * width, 1);
-    float *v = normal(keys * width, 1), *want = host(rows * width), *got = host(rows * width);
-    void *bias = stored(BUCKETS * HEADS, 1, dtype);
-    size_t bytes = (size_t)(rows * width) * sizeof(float);
-    float *out = room(bytes);
-    sida_attention_call call = {
-        .out = out,
-        .q = put_floats(q, rows * width),
-        .k = put_floats(k, keys * width),
-        .v = put_floats(v, keys * width),
-        .ldo = width,
-        .ldq = width,
-        .ldk = width,
-        .ldv = width,
-        .sequences = SEQUENCES,
-        .heads = HEADS,
-        .d_kv = d_kv,
-        .rows = rows,
-        .q_start = put(q_start, sizeof q_start),
-        .k_start = put(k_start, sizeof k_start),
-        .q_count = put(q_count, sizeof q_count),
-        .k_count = put(k_count, sizeof k_count),
-        .q_position = kind == 1 ? put(position, sizeof position) : NULL,
-        .causal = kind == 1,
-        .bias_bidirectional = kind == 0,
-        .bias_max_distance = DISTANCE,
-    };
-    if (kind < 2)
-        call.bias = (sida_weight){put(bias, BUCKETS * HEADS * sida_dtype_bytes(dtype)), dtype,
-                                  BUCKETS, HEADS};
-    OK(cuda()->attention(stream, &call));
-    get(got, out, bytes);
-    /* However the work is spread. */
-    float *again = host(rows * width);
-    call.rows = 1;
-    OK(cuda()->attention(stream, &call));
-    get(again, out, bytes);
-    assert_memory_equal(got, again, bytes);
-    call.out = want;
-    call.q = q;
-    call.k = k;
-    call.v = v;
-    call.q_start = q_start;
-    call.k_start = k_start;
-    call.q_count = q_count;
-    call.k_count = k_count;
-    call.q_position = kind == 1 ? position : NULL;
-    if (kind < 2) call.bias.data = bias;
-    OK(sida_attention_cpu(NULL, &call));
-    char what[80];
-    snprintf(what, sizeof what, "attention d_kv %d kind %d", d_kv, kind);
-    expect_close(what, got, want, rows * width, tight);
-    end_case();
-}
-
-static void test_attention(void **state) {
-    (void)state;
-    static const int32_t widths[] = {8, 20, 64, 128, 200};
-    for (int w = 0; w < 5; w++)
-        for (int kind = 0; kind < 3; kind++)
-            check_attention(widths[w], kind, (sida_dtype)((w + kind) % 3));
-}
-
-/* Every distance falls into the CPU's bucket: one query a distance, the bias alone decides. */
-static void test_buckets(void **state) {
-    (void)state;
-    static const int32_t cases[][2] = {{32, 128}, {8, 20}, {64, 4096}, {256, 300}};
-    enum { LENGTH = 400 };
-    for (int c = 0; c < 4; c++)
-        for (int both = 0; both < 2; both++) {
-            const int32_t count = LENGTH, buckets = cases[c][0];
-            const int64_t start = 0;
-            float *zeros = host(LENGTH), *v = normal(LENGTH, 1), *want = host(LENGTH);
-            float *got = host(LENGTH), *bias = normal(buckets, 1), *out = room(LENGTH * 4);
-            sida_attention_call call = {.out = out,
-                                        .q = put_floats(zeros, LENGTH),
-                                        .k = put_floats(zeros, LENGTH),
-                                        .v = put_floats(v, LENGTH),
-                                        .ldo = 1,
-                                        .ldq = 1,
-                                        .ldk = 1,
-                                        .ldv = 1,
-                                        .sequences = 1,
-                                        .heads = 1,
-                                        .d_kv = 1,
-                                        .rows = LENGTH,
-                                        .q_start = put(&start, sizeof start),
-                                        .k_start = put(&start, sizeof start),
-                                        .q_count = put(&count, sizeof count),
-                                        .k_count = put(&count, sizeof count),
-                                        .bias_bidirectional = both,
-                                        .bias_max_distance = cases[c][1],
-                                        .bias = {put_floats(bias, buckets), SIDA_F32, buckets, 1}};
-            OK(cuda()->attention(stream, &call));
-            get(got, out, LENGTH * sizeof *got);
-            call.out = want;
-            call.q = call.k = zeros;
-            call.v = v;
-            call.q_start = call.k_start = &start;
-            call.q_count = call.k_count = &count;
-            call.bias.data = bias;
-            OK(sida_attention_cpu(NULL, &call));
-            expect_close("buckets", got, want, LENGTH, tight);
-            end_case();
-        }
 }
 
 static void check_router(int64_t n, int32_t total, int32_t k, bool renormalise, bool guided) {
@@ -211,12 +111,14 @@ static void check_router(int64_t n, int32_t total, int32_t k, bool renormalise, 
 static void test_router(void **state) {
     (void)state;
     static const int64_t counts[] = {1, 2, 7, 33, 300};
-    static const int32_t totals[] = {5, 64, 300};
+    static const int32_t totals[] = {5, 64, 300, 600};
     for (int c = 0; c < 5; c++)
-        for (int e = 0; e < 3; e++)
+        for (int e = 0; e < 4; e++)
             for (int32_t k = 1; k <= 3; k++)
                 for (int kind = 0; kind < 4; kind++)
                     check_router(counts[c], totals[e], k, kind % 2, kind / 2);
+    check_router(3, 100, 70, true, false);
+    check_router(3, 100, 33, false, false);
     /* NaN still gives experts that exist, and different ones. */
     float *nan = host(70);
     for (int i = 0; i < 70; i++) nan[i] = NAN;
@@ -271,6 +173,9 @@ static void check_dispatch(int64_t n, int32_t total, int32_t capacity, int32_t k
     get(got_dropped, call.dropped, (size_t)n);
     get(got_rows, call.rows, rows * sizeof *got_rows);
     get(got_start, call.row_start, starts * sizeof *got_start);
+    int32_t *got_busy = (int32_t *)host(total), got_busy_count;
+    get(got_busy, call.busy, (size_t)total * sizeof *got_busy);
+    get(&got_busy_count, call.busy_count, sizeof got_busy_count);
     call.dropped = want_dropped;
     call.rows = want_rows;
     call.row_start = want_start;
@@ -283,14 +188,17 @@ static void check_dispatch(int64_t n, int32_t total, int32_t capacity, int32_t k
     if (n > 0) assert_memory_equal(got_dropped, want_dropped, (size_t)n);
     size_t kept = (size_t)want_start[total];
     if (kept > 0) assert_memory_equal(got_rows, want_rows, kept * sizeof *got_rows);
+    assert_int_equal(got_busy_count, *call.busy_count);
+    if (got_busy_count > 0)
+        assert_memory_equal(got_busy, call.busy, (size_t)got_busy_count * sizeof *got_busy);
     end_case();
 }
 
 static void test_dispatch(void **state) {
     (void)state;
-    static const int64_t counts[] = {0, 1, 31, 32, 33, 300, 5000};
+    static const int64_t counts[] = {0, 1, 31, 32, 33, 300};
     static const int32_t totals[] = {1, 8, 64, 256}, capacities[] = {0, 1, 64};
-    for (int c = 0; c < 7; c++)
+    for (int c = 0; c < 6; c++)
         for (int e = 0; e < 4; e++)
             for (int kind = 0; kind < 6; kind++) {
                 for (int cuts = 0; cuts <= 9; cuts += 3)
@@ -298,14 +206,122 @@ static void test_dispatch(void **state) {
                 if (totals[e] > 1)
                     check_dispatch(counts[c], totals[e], 0, 2 + kind % 2, 3, kind / 3);
             }
-    check_dispatch(20000, 2048, 64, 1, 9, false);
+    /* Up to what one block does, and beyond. */
+    for (int skew = 0; skew < 2; skew++) {
+        check_dispatch(2048, 512, 64, 1, 3, skew);
+        check_dispatch(1024, 256, 0, 2, 3, skew);
+        check_dispatch(2049, 64, 64, 1, 3, skew);
+        check_dispatch(1025, 64, 0, 2, 3, skew);
+        check_dispatch(300, 513, 1, 1, 6, skew);
+    }
+    check_dispatch(5000, 1500, 2, 1, 9, false);
+}
+
+/* The outputs of the router and of dispatch, end to end. */
+typedef struct routed {
+    int32_t *experts, *rows, *busy, *busy_count;
+    float *alpha;
+    int64_t *row_start;
+    uint8_t *dropped;
+} routed;
+
+static routed routed_create(int64_t n, int32_t k, int32_t total) {
+    const size_t choices = (size_t)(n * k) * 4, experts = (size_t)total * 4;
+    return (routed){room(choices), room(choices),           room(experts),  room(4),
+                    room(choices), room(2 * (experts + 4)), room((size_t)n)};
+}
+
+static void expect_same(const void *a, const void *b, size_t bytes) {
+    if (bytes == 0) return;
+    void *left = host((int64_t)(bytes + 3) / 4), *right = host((int64_t)(bytes + 3) / 4);
+    get(left, a, bytes);
+    get(right, b, bytes);
+    assert_memory_equal(left, right, bytes);
+}
+
+/* Route gives the bytes of the router and then dispatch. */
+static void check_route(int64_t n, int32_t total, int32_t k, int32_t capacity, int kind) {
+    enum { SETS = 2, SEQUENCES = 4 };
+    float *logits = host(n * total);
+    int32_t *set_of = (int32_t *)host(n);
+    uint8_t *allowed = (uint8_t *)host(SETS * total);
+    const int64_t offsets[SEQUENCES + 1] = {0, n / 8, n / 8, n - n / 5, n};
+    /* Some experts are better than others, and there are ties. */
+    for (int64_t i = 0; i < n * total; i++)
+        logits[i] = roundf(4 * sida_rng_normal(&rng)) / 4 + (i % total % 7 == 0 ? 2 : 0);
+    for (int32_t i = 0; i < SETS * total; i++)
+        allowed[i] = sida_rng_below(&rng, 3) == 0 || i % total < k;
+    for (int64_t i = 0; i < n; i++) set_of[i] = (int32_t)sida_rng_below(&rng, SETS);
+    const routed one = routed_create(n, k, total), two = routed_create(n, k, total);
+    sida_router_call router = {.logits = put_floats(logits, n * total),
+                               .experts = one.experts,
+                               .alpha = one.alpha,
+                               .n = n,
+                               .experts_total = total,
+                               .k = k,
+                               .renormalise = kind % 2};
+    if (kind / 2) {
+        router.allowed = put(allowed, (size_t)(SETS * total));
+        router.set_of = put(set_of, (size_t)n * sizeof *set_of);
+    }
+    sida_dispatch_call dispatch = {.dropped = one.dropped,
+                                   .rows = one.rows,
+                                   .row_start = one.row_start,
+                                   .busy = one.busy,
+                                   .busy_count = one.busy_count,
+                                   .experts = one.experts,
+                                   .offsets = put(offsets, sizeof offsets),
+                                   .n = n,
+                                   .k = k,
+                                   .sequences = SEQUENCES,
+                                   .experts_total = total,
+                                   .capacity = capacity};
+    OK(cuda()->route(stream, &router, &dispatch));
+    router.experts = two.experts;
+    router.alpha = two.alpha;
+    dispatch.dropped = two.dropped;
+    dispatch.rows = two.rows;
+    dispatch.row_start = two.row_start;
+    dispatch.busy = two.busy;
+    dispatch.busy_count = two.busy_count;
+    dispatch.experts = two.experts;
+    OK(cuda()->router(stream, &router));
+    OK(cuda()->dispatch(stream, &dispatch));
+    const size_t choices = (size_t)(n * k) * 4;
+    expect_same(one.experts, two.experts, choices);
+    expect_same(one.alpha, two.alpha, choices);
+    expect_same(one.dropped, two.dropped, (size_t)n);
+    expect_same(one.row_start, two.row_start, ((size_t)total + 1) * sizeof *one.row_start);
+    expect_same(one.busy_count, two.busy_count, sizeof *one.busy_count);
+    int32_t busy;
+    int64_t kept;
+    get(&busy, one.busy_count, sizeof busy);
+    get(&kept, one.row_start + total, sizeof kept);
+    assert_true(busy > 0 && busy <= total && kept > 0 && kept <= n * k);
+    expect_same(one.busy, two.busy, (size_t)busy * sizeof busy);
+    expect_same(one.rows, two.rows, (size_t)kept * sizeof *one.rows);
+    end_case();
+}
+
+static void test_route(void **state) {
+    (void)state;
+    static const int64_t counts[] = {1, 25, 33, 60, 96, 97};
+    static const int32_t totals[] = {5, 128, 130, 512, 600};
+    for (int c = 0; c < 6; c++)
+        for (int e = 0; e < 5; e++)
+            for (int kind = 0; kind < 4; kind++) {
+                check_route(counts[c], totals[e], 1, kind ? 2 : 64, kind);
+                check_route(counts[c], totals[e], 2 + kind % 2, 0, kind);
+            }
+    check_route(60, 256, 40, 0, 0); /* too many rows for one block */
+    check_route(5, 256, 70, 0, 1);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rows),     cmocka_unit_test(test_attention),
-        cmocka_unit_test(test_buckets),  cmocka_unit_test(test_router),
-        cmocka_unit_test(test_dispatch),
+        cmocka_unit_test(test_norm),   cmocka_unit_test(test_rows),
+        cmocka_unit_test(test_router), cmocka_unit_test(test_dispatch),
+        cmocka_unit_test(test_route),
     };
     return run_op_tests(tests, sizeof tests / sizeof *tests);
 }

@@ -157,6 +157,35 @@ static void test_attention_refuses(void **state) {
     assert_int_equal(sida_attention_cpu(NULL, &call), SIDA_ERROR_UNSUPPORTED);
 }
 
+/* One row, none, two; the rest of the caches stays as it was. */
+static void test_append(void **state) {
+    (void)state;
+    enum { CACHES = 3, POSITIONS = 4, WIDTH = 2, LD = 3, ROWS = 3 };
+    static const int64_t start[CACHES] = {0, POSITIONS, 2 * POSITIONS};
+    static const int64_t q_start[CACHES] = {0, 1, 1};
+    static const int32_t q_count[CACHES] = {1, 0, 2}, position[CACHES] = {3, 1, 0};
+    static const float k[ROWS * LD] = {1, 2, -9, 3, 4, -9, 5, 6, -9};
+    static const float v[ROWS * LD] = {10, 20, -9, 30, 40, -9, 50, 60, -9};
+    float keys[CACHES * POSITIONS * WIDTH] = {0}, values[CACHES * POSITIONS * WIDTH] = {0};
+    const sida_append_call call = {.k_cache = keys,
+                                   .v_cache = values,
+                                   .k = k,
+                                   .v = v,
+                                   .width = WIDTH,
+                                   .ld = LD,
+                                   .sequences = CACHES,
+                                   .rows = ROWS,
+                                   .q_start = q_start,
+                                   .start = start,
+                                   .q_count = q_count,
+                                   .position = position};
+    assert_int_equal(sida_append_cpu(NULL, &call), SIDA_OK);
+    static const float want[CACHES * POSITIONS * WIDTH] = {
+        0, 0, 0, 0, 0, 0, 1, 2, /**/ 0, 0, 0, 0, 0, 0, 0, 0, /**/ 3, 4, 5, 6, 0, 0, 0, 0};
+    assert_memory_equal(keys, want, sizeof want);
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) assert_true(values[i] == 10 * want[i]);
+}
+
 static void test_rms_norm(void **state) {
     (void)state;
     sida_rng rng = sida_rng_seed(1);
@@ -297,6 +326,7 @@ int main(void) {
         cmocka_unit_test(test_relative_bucket),
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_attention_refuses),
+        cmocka_unit_test(test_append),
         cmocka_unit_test(test_rms_norm),
         cmocka_unit_test(test_gated),
         cmocka_unit_test(test_exp),
