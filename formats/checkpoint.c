@@ -7,7 +7,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_CONFIG_BYTES = 4 << 20, MAX_INDEX_BYTES = 64 << 20, MAX_SHARDS = 100000 };
+enum {
+    MAX_CONFIG_BYTES = 4 << 20,
+    MAX_INDEX_BYTES = 64 << 20,
+    MAX_SHARDS = 100000,
+    HELD_BYTES = 64 << 20
+};
 
 typedef struct shard {
     char *file; /* name within the folder */
@@ -24,6 +29,7 @@ struct sida_checkpoint {
     size_t shard_count;
     const sida_tensor_view **tensors; /* sorted by name */
     size_t count;
+    size_t passed_bytes; /* since pages were given back */
     bool has_fingerprint;
     sida_fingerprint fingerprint;
 };
@@ -267,6 +273,14 @@ const sida_tensor_view *sida_checkpoint_at(const sida_checkpoint *checkpoint, si
     return checkpoint->tensors[index];
 }
 
+void sida_checkpoint_pass(sida_checkpoint *checkpoint, size_t bytes) {
+    checkpoint->passed_bytes += bytes;
+    if (checkpoint->passed_bytes < HELD_BYTES) return;
+    checkpoint->passed_bytes = 0;
+    for (size_t i = 0; i < checkpoint->shard_count; i++)
+        sida_file_forget(&checkpoint->shards[i].map);
+}
+
 sida_status sida_checkpoint_fingerprint(sida_fingerprint *out, sida_checkpoint *checkpoint) {
     sida_status status = SIDA_OK;
     sida_hasher *hasher = NULL;
@@ -284,6 +298,7 @@ sida_status sida_checkpoint_fingerprint(sida_fingerprint *out, sida_checkpoint *
             sida_hasher_update(hasher, dtype, strlen(dtype) + 1);
             sida_hasher_update(hasher, extents, sizeof extents);
             sida_hasher_update(hasher, view->data, view->bytes);
+            sida_checkpoint_pass(checkpoint, view->bytes);
         }
         checkpoint->fingerprint = sida_hasher_finish(hasher);
         checkpoint->has_fingerprint = true;

@@ -32,6 +32,11 @@ sida_status sida_checkpoint_tensor(const sida_tensor_view **out, const sida_chec
 size_t sida_checkpoint_count(const sida_checkpoint *checkpoint);
 const sida_tensor_view *sida_checkpoint_at(const sida_checkpoint *checkpoint, size_t index);
 
+/* Tells that `bytes` of tensors have been read and will hardly be again: every 64 MiB of them the
+ * process's pages of all weight files go, so that copying a model out of its files takes no room
+ * for both. Views stay valid. Not from two threads at once. */
+void sida_checkpoint_pass(sida_checkpoint *checkpoint, size_t bytes);
+
 /* Over config.json's bytes and every tensor's name, type, shape and bytes in the order of names:
  * resharding keeps it. Reads all weights (about 10 GB/s); computed on the first call, which is not
  * safe to make from two threads at once. */

@@ -16,13 +16,12 @@ static struct {
     size_t bytes;   /* of those copies */
 } read_backs;
 
-static inline sida_status read_backs_buffer(sida_backend *backend, sida_buffer **out,
-                                            sida_memory_kind kind, size_t bytes, const char *what) {
-    sida_status status = read_backs.real->buffer_create(backend, out, kind, bytes, what);
-    if (status == SIDA_OK && kind == SIDA_MEMORY_HOST && read_backs.host_count < 32) {
-        const char *begin = (*out)->data;
+static inline sida_status read_backs_buffer(sida_buffer *buffer, const char *what) {
+    sida_status status = read_backs.real->allocate(buffer, what);
+    if (status == SIDA_OK && buffer->kind == SIDA_MEMORY_HOST && read_backs.host_count < 32) {
+        const char *begin = buffer->data;
         read_backs.host[read_backs.host_count].begin = begin;
-        read_backs.host[read_backs.host_count++].end = begin + bytes;
+        read_backs.host[read_backs.host_count++].end = begin + buffer->bytes;
     }
     return status;
 }
@@ -47,7 +46,7 @@ static inline sida_status read_backs_copy(sida_stream *stream, void *to, const v
 static inline void read_backs_watch(sida_backend *backend) {
     read_backs.real = backend->table;
     read_backs.table = *backend->table;
-    read_backs.table.buffer_create = read_backs_buffer;
+    read_backs.table.allocate = read_backs_buffer;
     read_backs.table.stream_synchronize = read_backs_wait;
     read_backs.table.copy = read_backs_copy;
     read_backs.host_count = 0;

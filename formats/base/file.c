@@ -46,6 +46,10 @@ void sida_file_unmap(sida_mapped_file *file) {
     *file = (sida_mapped_file){(const uint8_t *)"", 0};
 }
 
+void sida_file_forget(const sida_mapped_file *file) {
+    if (file->size > 0) (void)madvise((void *)(uintptr_t)file->data, file->size, MADV_DONTNEED);
+}
+
 sida_status sida_file_read(char **out, size_t *size, const char *path, size_t limit_bytes) {
     *out = NULL;
     *size = 0;

@@ -17,6 +17,9 @@ typedef struct sida_mapped_file {
 /* Errors: IO (missing, unreadable, a directory). */
 sida_status sida_file_map(sida_mapped_file *out, const char *path);
 void sida_file_unmap(sida_mapped_file *file);
+/* The process's pages of it go; what is read again comes back from the system's cache, or the disk.
+ */
+void sida_file_forget(const sida_mapped_file *file);
 
 /* The bytes of a small file with a NUL behind them; IO when larger than limit_bytes. free(). */
 sida_status sida_file_read(char **out, size_t *size, const char *path, size_t limit_bytes);

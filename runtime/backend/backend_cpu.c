@@ -6,7 +6,6 @@
 #include "formats/base/memory.h"
 #include "runtime/backend/backend.h"
 
-#include <assert.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,11 +17,10 @@ enum { device_alignment = 256, poison_byte = 0xff };
 typedef struct cpu_backend {
     sida_backend base;
     sida_cpu_options options;
-    /* One lock and one condition for accounts, command lists and events: all short. */
+    /* One lock and one condition for command lists and events: all short. */
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    sida_memory_usage usage;
-    int64_t copies, objects; /* copies begun on copy threads; buffers, streams, events alive */
+    int64_t copies; /* begun on copy threads */
 } cpu_backend;
 
 typedef struct cpu_event {
@@ -58,91 +56,25 @@ static cpu_backend *of(sida_backend *backend) {
 
 /* --- memory */
 
-static sida_status cpu_buffer_create(sida_backend *base, sida_buffer **out, sida_memory_kind kind,
-                                     size_t bytes, const char *what) {
-    cpu_backend *backend = of(base);
-    sida_buffer *buffer = NULL;
-    bool counted = false;
-    sida_status status = SIDA_OK;
-    SIDA_TRY(SIDA_ALLOC(&buffer, 1, "a buffer"));
-    size_t rounded;
+static sida_status cpu_allocate(sida_buffer *buffer, const char *what) {
+    size_t bytes = buffer->bytes, rounded;
     if (sida_add_overflow(bytes ? bytes : 1, device_alignment - 1, &rounded))
-        SIDA_FAIL(SIDA_ERROR_MEMORY, "%s: %zu bytes is more than memory can be", what, bytes);
+        return sida_fail(SIDA_ERROR_MEMORY, "%s: %zu bytes is more than memory can be", what,
+                         bytes);
     rounded &= ~(size_t)(device_alignment - 1);
-    pthread_mutex_lock(&backend->mutex);
-    sida_memory_usage *usage = &backend->usage;
-    size_t left = usage->cap_bytes - usage->used_bytes;
-    if (kind == SIDA_MEMORY_DEVICE && bytes <= left) {
-        usage->used_bytes += bytes;
-        if (usage->used_bytes > usage->peak_bytes) usage->peak_bytes = usage->used_bytes;
-        counted = true;
-    }
-    size_t used = usage->used_bytes, cap = usage->cap_bytes;
-    pthread_mutex_unlock(&backend->mutex);
-    if (kind == SIDA_MEMORY_DEVICE && !counted)
-        SIDA_FAIL(SIDA_ERROR_BUDGET,
-                  "%s: %zu bytes do not fit: %zu of the device budget's %zu bytes are in use", what,
-                  bytes, used, cap);
     buffer->data = aligned_alloc(device_alignment, rounded);
     if (!buffer->data)
-        SIDA_FAIL(SIDA_ERROR_MEMORY, "%s: out of memory asking for %zu bytes", what, bytes);
-    if (kind == SIDA_MEMORY_DEVICE && backend->options.poison)
+        return sida_fail(SIDA_ERROR_MEMORY, "%s: out of memory asking for %zu bytes", what, bytes);
+    if (buffer->kind == SIDA_MEMORY_DEVICE && of(buffer->backend)->options.poison)
         memset(buffer->data, poison_byte, rounded);
-    buffer->bytes = bytes;
-    buffer->kind = kind;
-    buffer->backend = base;
-    *out = buffer;
-    buffer = NULL;
-out:
-    pthread_mutex_lock(&backend->mutex);
-    if (status != SIDA_OK && counted) backend->usage.used_bytes -= bytes;
-    if (status == SIDA_OK) backend->objects++;
-    pthread_mutex_unlock(&backend->mutex);
-    free(buffer);
-    return status;
-}
-
-static void cpu_buffer_destroy(sida_buffer *buffer) {
-    cpu_backend *backend = of(buffer->backend);
-    pthread_mutex_lock(&backend->mutex);
-    if (buffer->kind == SIDA_MEMORY_DEVICE) backend->usage.used_bytes -= buffer->bytes;
-    backend->objects--;
-    pthread_mutex_unlock(&backend->mutex);
-    /* A late reader gets NaN even where the allocator hands the block out again. */
-    if (buffer->kind == SIDA_MEMORY_DEVICE && backend->options.poison)
-        memset(buffer->data, poison_byte, buffer->bytes);
-    free(buffer->data);
-    free(buffer);
-}
-
-static void cpu_memory_usage(sida_backend *base, sida_memory_usage *out) {
-    cpu_backend *backend = of(base);
-    pthread_mutex_lock(&backend->mutex);
-    *out = backend->usage;
-    pthread_mutex_unlock(&backend->mutex);
-}
-
-static sida_status cpu_sample(sida_backend *base) {
-    cpu_backend *backend = of(base);
-    pthread_mutex_lock(&backend->mutex);
-    backend->usage.driver_bytes = backend->usage.used_bytes;
-    backend->usage.driver_peak_bytes = backend->usage.peak_bytes;
-    pthread_mutex_unlock(&backend->mutex);
     return SIDA_OK;
 }
 
-static sida_status cpu_set_cap(sida_backend *base, size_t cap_bytes) {
-    cpu_backend *backend = of(base);
-    pthread_mutex_lock(&backend->mutex);
-    size_t used = backend->usage.used_bytes;
-    if (used <= cap_bytes) {
-        backend->usage.cap_bytes = cap_bytes;
-        backend->usage.peak_bytes = used;
-    }
-    pthread_mutex_unlock(&backend->mutex);
-    if (used <= cap_bytes) return SIDA_OK;
-    return sida_fail(SIDA_ERROR_BUDGET, "a device budget of %zu bytes: %zu bytes are in use",
-                     cap_bytes, used);
+static void cpu_release(sida_buffer *buffer) {
+    /* A late reader gets NaN even where the allocator hands the block out again. */
+    if (buffer->kind == SIDA_MEMORY_DEVICE && of(buffer->backend)->options.poison)
+        memset(buffer->data, poison_byte, buffer->bytes);
+    free(buffer->data);
 }
 
 /* --- copy threads */
@@ -222,7 +154,6 @@ static sida_status device_error(sida_status result) {
 }
 
 static sida_status cpu_stream_create(sida_backend *base, sida_stream **out, sida_stream_kind kind) {
-    cpu_backend *backend = of(base);
     cpu_stream *stream;
     sida_status status = SIDA_ALLOC(&stream, 1, "a stream");
     if (status != SIDA_OK) return status;
@@ -231,9 +162,6 @@ static sida_status cpu_stream_create(sida_backend *base, sida_stream **out, sida
         free(stream);
         return sida_fail(SIDA_ERROR_DEVICE, "cpu: cannot start a copy thread");
     }
-    pthread_mutex_lock(&backend->mutex);
-    backend->objects++;
-    pthread_mutex_unlock(&backend->mutex);
     *out = &stream->base;
     return SIDA_OK;
 }
@@ -243,7 +171,6 @@ static void cpu_stream_destroy(sida_stream *base) {
     cpu_backend *backend = of(base->backend);
     pthread_mutex_lock(&backend->mutex);
     stream->stop = true;
-    backend->objects--;
     pthread_cond_broadcast(&backend->changed);
     pthread_mutex_unlock(&backend->mutex);
     if (base->kind == SIDA_STREAM_COPY) pthread_join(stream->thread, NULL);
@@ -281,9 +208,6 @@ static sida_status cpu_event_create(sida_backend *base, sida_event **out) {
     sida_status status = SIDA_ALLOC(&event, 1, "an event");
     if (status != SIDA_OK) return status;
     event->base.backend = base;
-    pthread_mutex_lock(&of(base)->mutex);
-    of(base)->objects++;
-    pthread_mutex_unlock(&of(base)->mutex);
     *out = &event->base;
     return SIDA_OK;
 }
@@ -293,7 +217,6 @@ static void cpu_event_destroy(sida_event *base) {
     cpu_backend *backend = of(base->backend);
     pthread_mutex_lock(&backend->mutex);
     while (event->pending > 0) pthread_cond_wait(&backend->changed, &backend->mutex);
-    backend->objects--;
     pthread_mutex_unlock(&backend->mutex);
     free(event);
 }
@@ -391,7 +314,7 @@ static sida_status cpu_describe(sida_backend *base, sida_device_info *out) {
 
 static void cpu_destroy(sida_backend *base) {
     cpu_backend *backend = of(base);
-    assert(backend->objects == 0 && "buffers, streams and events go before their back-end");
+    sida_backend_end(base);
     pthread_cond_destroy(&backend->changed);
     pthread_mutex_destroy(&backend->mutex);
     free(backend);
@@ -400,8 +323,8 @@ static void cpu_destroy(sida_backend *base) {
 static const sida_backend_table cpu_table = {
     .name = "cpu",
     .destroy = cpu_destroy,
-    .buffer_create = cpu_buffer_create,
-    .buffer_destroy = cpu_buffer_destroy,
+    .allocate = cpu_allocate,
+    .release = cpu_release,
     .stream_create = cpu_stream_create,
     .stream_destroy = cpu_stream_destroy,
     .stream_synchronize = cpu_stream_synchronize,
@@ -412,9 +335,6 @@ static const sida_backend_table cpu_table = {
     .stream_wait = cpu_stream_wait,
     .event_synchronize = cpu_event_synchronize,
     .event_query = cpu_event_query,
-    .memory_usage = cpu_memory_usage,
-    .sample = cpu_sample,
-    .set_cap = cpu_set_cap,
     .describe = cpu_describe,
 };
 
@@ -423,9 +343,8 @@ sida_status sida_backend_create_cpu(sida_backend **out, const sida_cpu_options *
     cpu_backend *backend;
     sida_status status = SIDA_ALLOC(&backend, 1, "the CPU back-end");
     if (status != SIDA_OK) return status;
-    backend->base.table = &cpu_table;
+    sida_backend_begin(&backend->base, &cpu_table);
     if (options) backend->options = *options;
-    backend->usage.cap_bytes = SIZE_MAX;
     pthread_mutex_init(&backend->mutex, NULL);
     pthread_cond_init(&backend->changed, NULL);
     *out = &backend->base;

@@ -26,7 +26,17 @@ sida_status sida_cuda_check(cudaError_t code, const char *call);
 /* Whether the device can start a kernel before the one in front of it has ended (9.0 and later). */
 bool sida_cuda_early_launch(const sida_backend *backend);
 
-/* Makes the stream's device the calling thread's. */
+/* Makes the stream's device the calling thread's. DEVICE once the device is lost. */
 sida_status sida_cuda_use(const sida_backend *backend);
+
+/* Why there is no device to run on, in words: cudaGetDeviceCount's answer (cudaSuccess: none was
+ * counted), and the newest CUDA that the driver knows, 0 when there is no driver. Fails always. */
+sida_status sida_cuda_absent(cudaError_t code, int driver);
+
+/* What our kernels on the current device were compiled for, and the PTX beside them, as 10 * major
+ * + minor. */
+cudaError_t sida_cuda_probe(int *code, int *ptx);
+/* Copies 4-byte words by a kernel; from may be pinned host memory. */
+cudaError_t sida_cuda_copy_words(cudaStream_t stream, void *to, const void *from, size_t words);
 
 #endif

@@ -148,6 +148,8 @@ static void test_describe(void **state) {
     OK(sida_backend_describe(backend, &before));
     assert_true(before.name[0] != 0 && before.processors > 0);
     assert_true(before.capability[0] >= 1);
+    /* Our own code, or PTX that the driver compiled. */
+    assert_true(before.code > 0 && before.ptx >= 0);
     assert_true(before.driver >= before.runtime / 1000 * 1000 && before.runtime > 0);
     assert_true(before.free_bytes <= before.total_bytes);
     OK(sida_buffer_create(backend, &buffer, SIDA_MEMORY_DEVICE, BYTES, "a buffer"));
@@ -157,11 +159,49 @@ static void test_describe(void **state) {
     sida_buffer_destroy(buffer);
 }
 
+/* The driver's figure follows our buffers, and what is beside them counts when it is asked to. */
+static void test_driver(void **state) {
+    (void)state;
+    enum { BYTES = 256 << 20, ROUNDING = 8 << 20 };
+    sida_memory_usage usage;
+    sida_buffer *buffer, *other;
+    size_t before, during, after;
+    OK(sida_backend_set_cap(backend, SIZE_MAX));
+    OK(sida_backend_measure_overhead(backend, &before));
+    assert_true(before > 0); /* the context */
+    OK(sida_buffer_create(backend, &buffer, SIDA_MEMORY_DEVICE, BYTES, "a buffer"));
+    sida_backend_memory(backend, &usage);
+    assert_true(usage.driver_bytes >= BYTES + before - ROUNDING);
+    assert_true(usage.driver_peak_bytes >= usage.driver_bytes);
+    OK(sida_backend_measure_overhead(backend, &during));
+    if (usage.driver_alone) assert_true(during <= before + ROUNDING);
+    /* 16 MiB are left beside driver and buffer. */
+    OK(sida_backend_set_cap(backend, BYTES + during + (16 << 20)));
+    OK(sida_backend_set_overhead(backend, during));
+    assert_int_equal(
+        sida_buffer_create(backend, &other, SIDA_MEMORY_DEVICE, (16 << 20) + 1, "expert slots"),
+        SIDA_ERROR_BUDGET);
+    assert_non_null(strstr(sida_last_message(), "for driver and libraries"));
+    OK(sida_buffer_create(backend, &other, SIDA_MEMORY_DEVICE, 4 << 20, "a buffer"));
+    sida_buffer_destroy(other);
+    sida_buffer_destroy(buffer);
+    OK(sida_backend_set_overhead(backend, 0));
+    OK(sida_backend_set_cap(backend, SIZE_MAX));
+    OK(sida_backend_measure_overhead(backend, &after));
+    sida_backend_memory(backend, &usage);
+    if (usage.driver_alone) {
+        assert_true(after <= before + ROUNDING);
+        assert_true(usage.driver_peak_bytes < BYTES + before); /* of this cap */
+    }
+    printf("driver and libraries take %.1f MiB; %s\n", (double)after / (1 << 20),
+           usage.driver_alone ? "NVML tells what others take" : "no NVML, others count");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_copies),   cmocka_unit_test(test_order),
         cmocka_unit_test(test_cap),      cmocka_unit_test(test_refusals),
-        cmocka_unit_test(test_describe),
+        cmocka_unit_test(test_describe), cmocka_unit_test(test_driver),
     };
     backend = gpu_open();
     if (!backend) return test_skip(sida_last_message());

@@ -42,12 +42,153 @@ static void test_cap(void **state) {
     sida_backend_memory(backend, &usage);
     assert_int_equal(usage.peak_bytes, 400);
     assert_int_equal(sida_buffer_create(backend, &a, SIDA_MEMORY_DEVICE, SIZE_MAX, "huge"),
+                     SIDA_ERROR_BUDGET);
+    assert_int_equal(sida_buffer_create(backend, &a, SIDA_MEMORY_HOST, SIZE_MAX, "huge"),
                      SIDA_ERROR_MEMORY);
+    assert_ok(sida_backend_set_cap(backend, SIZE_MAX));
+    assert_int_equal(sida_buffer_create(backend, &a, SIDA_MEMORY_DEVICE, SIZE_MAX, "huge"),
+                     SIDA_ERROR_MEMORY);
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.used_bytes, 400);
     sida_buffer_destroy(b);
     sida_buffer_destroy(host);
     sida_buffer_destroy(NULL);
     sida_backend_destroy(backend);
     sida_backend_destroy(NULL);
+}
+
+/* A device whose driver says what the test wants. */
+static sida_backend_table said_table;
+static size_t said_bytes;
+static bool said_fails;
+
+static sida_status refuse(sida_buffer *buffer, const char *what) {
+    (void)buffer;
+    return sida_fail(SIDA_ERROR_DEVICE, "%s: the device has no more", what);
+}
+
+static sida_status say(sida_backend *backend, size_t *bytes, bool *alone) {
+    (void)backend;
+    *bytes = said_bytes;
+    *alone = said_bytes != 5000;
+    return said_fails ? sida_fail(SIDA_ERROR_DEVICE, "the driver is silent") : SIDA_OK;
+}
+
+/* The driver's figures, and a cap on everything. */
+static void test_overhead(void **state) {
+    (void)state;
+    sida_backend *backend;
+    sida_buffer *a, *b;
+    sida_memory_usage usage;
+    size_t overhead;
+    assert_ok(sida_backend_create_cpu(&backend, NULL));
+    /* Buffers are all there is. */
+    assert_ok(sida_buffer_create(backend, &a, SIDA_MEMORY_DEVICE, 600, "a"));
+    assert_ok(sida_backend_measure_overhead(backend, &overhead));
+    assert_int_equal(overhead, 0);
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.driver_bytes, 600);
+    assert_int_equal(usage.driver_peak_bytes, 600);
+    assert_true(usage.driver_alone);
+    said_table = *backend->table;
+    said_table.driver_used = say;
+    backend->table = &said_table;
+    said_bytes = 1000;
+    assert_ok(sida_backend_measure_overhead(backend, &overhead));
+    assert_int_equal(overhead, 400);
+    /* Until it is asked for, the cap is on buffers. */
+    assert_ok(sida_backend_set_cap(backend, 2000));
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.overhead_bytes, 0);
+    assert_int_equal(usage.driver_peak_bytes, 1000);
+    assert_int_equal(sida_backend_set_overhead(backend, 1401), SIDA_ERROR_BUDGET);
+    assert_non_null(strstr(sida_last_message(), "1401 are for driver and libraries"));
+    assert_ok(sida_backend_set_overhead(backend, 500));
+    assert_int_equal(sida_buffer_create(backend, &b, SIDA_MEMORY_DEVICE, 901, "expert slots"),
+                     SIDA_ERROR_BUDGET);
+    assert_string_equal(sida_last_message(),
+                        "expert slots: 901 bytes do not fit: of the device budget's 2000 bytes 600 "
+                        "are in use and 500 are for driver and libraries");
+    assert_ok(sida_buffer_create(backend, &b, SIDA_MEMORY_DEVICE, 900, "b"));
+    sida_buffer_destroy(b);
+    /* A sample that finds more counts, one that finds less does not. */
+    said_bytes = 600 + 700;
+    assert_ok(sida_backend_sample(backend));
+    said_bytes = 5000;
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.overhead_bytes, 700);
+    assert_int_equal(usage.driver_bytes, 1300);
+    assert_true(usage.driver_alone);
+    assert_int_equal(sida_buffer_create(backend, &b, SIDA_MEMORY_DEVICE, 701, "b"),
+                     SIDA_ERROR_BUDGET);
+    assert_ok(sida_backend_sample(backend));
+    said_bytes = 900;
+    assert_ok(sida_backend_sample(backend));
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.driver_bytes, 900);
+    assert_int_equal(usage.driver_peak_bytes, 5000);
+    assert_int_equal(usage.overhead_bytes, 4400);
+    assert_int_equal(sida_buffer_create(backend, &b, SIDA_MEMORY_DEVICE, 1, "b"),
+                     SIDA_ERROR_BUDGET);
+    /* A new cap begins a new peak. */
+    assert_ok(sida_backend_set_overhead(backend, 0));
+    assert_ok(sida_backend_set_cap(backend, 3000));
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.driver_peak_bytes, 900);
+    /* A large buffer asks by itself; a driver that fails to answer does not spoil the buffer. */
+    assert_ok(sida_backend_set_cap(backend, SIZE_MAX));
+    said_bytes = 77 << 20;
+    assert_ok(sida_buffer_create(backend, &b, SIDA_MEMORY_DEVICE, 32 << 20, "b"));
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.driver_bytes, 77 << 20);
+    sida_buffer_destroy(b);
+    said_fails = true;
+    assert_int_equal(sida_backend_sample(backend), SIDA_ERROR_DEVICE);
+    assert_ok(sida_buffer_create(backend, &b, SIDA_MEMORY_DEVICE, 32 << 20, "b"));
+    said_fails = false;
+    sida_buffer_destroy(b);
+    /* What the device refuses is not counted. */
+    said_table.allocate = refuse;
+    assert_int_equal(sida_buffer_create(backend, &b, SIDA_MEMORY_DEVICE, 1 << 20, "b"),
+                     SIDA_ERROR_DEVICE);
+    assert_null(b);
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.used_bytes, 600);
+    sida_buffer_destroy(a);
+    sida_backend_destroy(backend);
+}
+
+/* Two threads that want the last bytes: the cap holds, and nothing is lost. */
+static void *take_and_give(void *context) {
+    for (int i = 0; i < 20000; i++) {
+        sida_buffer *buffer;
+        sida_memory_usage usage;
+        if (sida_buffer_create(context, &buffer, SIDA_MEMORY_DEVICE, 600, "a") == SIDA_OK)
+            sida_buffer_destroy(buffer);
+        sida_backend_memory(context, &usage);
+        if (usage.used_bytes > 1000 || usage.peak_bytes > 1000) return context;
+    }
+    return NULL;
+}
+
+static void test_cap_of_threads(void **state) {
+    (void)state;
+    sida_backend *backend;
+    sida_memory_usage usage;
+    pthread_t threads[3];
+    assert_ok(sida_backend_create_cpu(&backend, NULL));
+    assert_ok(sida_backend_set_cap(backend, 1000));
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(pthread_create(&threads[i], NULL, take_and_give, backend), 0);
+    for (int i = 0; i < 3; i++) {
+        void *failed;
+        pthread_join(threads[i], &failed);
+        assert_null(failed);
+    }
+    sida_backend_memory(backend, &usage);
+    assert_int_equal(usage.used_bytes, 0);
+    assert_int_equal(usage.peak_bytes, 600);
+    sida_backend_destroy(backend);
 }
 
 static void test_poison(void **state) {
@@ -184,8 +325,12 @@ static void test_describe(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_cap),      cmocka_unit_test(test_poison),
-        cmocka_unit_test(test_streams),  cmocka_unit_test(test_failed_copy),
+        cmocka_unit_test(test_cap),
+        cmocka_unit_test(test_overhead),
+        cmocka_unit_test(test_cap_of_threads),
+        cmocka_unit_test(test_poison),
+        cmocka_unit_test(test_streams),
+        cmocka_unit_test(test_failed_copy),
         cmocka_unit_test(test_describe),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

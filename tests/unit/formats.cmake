@@ -5,3 +5,5 @@ foreach(name safetensors tokenizer h5 trace)
   sida_test(formats_${name}_test SOURCES formats_${name}_test.c
     DEPENDS sida_test_support LABELS unit)
 endforeach()
+sida_test(checkpoint_memory_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/checkpoint_memory_test.c
+  DEPENDS sida_formats LABELS unit)
