@@ -46,7 +46,8 @@ sida_status sida_budget_parse(sida_budget *out, const char *text) {
 sida_status sida_budget_slots(int32_t *slots, size_t *cap_bytes, const sida_budget *budget,
                               const sida_budget_needs *needs) {
     size_t fixed = needs->dense_bytes + needs->workspace_bytes + needs->predictor_bytes;
-    size_t least_bytes = fixed + least_slots * needs->slot_bytes;
+    size_t taken = fixed + needs->driver_bytes;
+    size_t least_bytes = taken + least_slots * needs->slot_bytes;
     int64_t count = 0;
     switch (budget->kind) {
     case SIDA_BUDGET_SHARE:
@@ -69,11 +70,12 @@ sida_status sida_budget_slots(int32_t *slots, size_t *cap_bytes, const sida_budg
         if (budget->bytes < least_bytes)
             return sida_fail(SIDA_ERROR_BUDGET,
                              "budget of %llu bytes: at least %zu are needed = %zu dense weights + "
-                             "%zu workspace + %zu predictor + %d slots of %zu",
+                             "%zu workspace + %zu predictor + %zu driver and libraries + %d slots "
+                             "of %zu",
                              (unsigned long long)budget->bytes, least_bytes, needs->dense_bytes,
-                             needs->workspace_bytes, needs->predictor_bytes, least_slots,
-                             needs->slot_bytes);
-        count = (int64_t)((budget->bytes - fixed) / needs->slot_bytes);
+                             needs->workspace_bytes, needs->predictor_bytes, needs->driver_bytes,
+                             least_slots, needs->slot_bytes);
+        count = (int64_t)((budget->bytes - taken) / needs->slot_bytes);
         break;
     }
     if (count > needs->experts) count = needs->experts;

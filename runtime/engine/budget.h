@@ -10,7 +10,8 @@
 typedef enum sida_budget_kind {
     SIDA_BUDGET_SHARE,   /* slots for that share of all experts of the model, rounded down */
     SIDA_BUDGET_EXPERTS, /* so many slots */
-    SIDA_BUDGET_BYTES    /* caps all that is on the device: slots = (cap - fixed) / slot bytes */
+    SIDA_BUDGET_BYTES    /* caps all that is on the device: slots = (cap - fixed) / slot bytes, with
+                          * what driver and libraries take in the fixed part */
 } sida_budget_kind;
 
 typedef struct sida_budget {
@@ -25,13 +26,14 @@ typedef struct sida_budget_needs {
     int64_t experts;   /* of the whole model */
     size_t slot_bytes; /* a slot */
     size_t dense_bytes, workspace_bytes, predictor_bytes;
+    size_t driver_bytes; /* driver and libraries; counts where the budget is a size */
 } sida_budget_needs;
 
 /* ARGUMENT for anything else. */
 sida_status sida_budget_parse(sida_budget *out, const char *text);
 
-/* Slots (2 … experts) and the device cap that goes with them: the size itself, or fixed + slots.
- * BUDGET with the arithmetic below 2 slots. */
+/* Slots (2 … experts) and the device cap that goes with them: the size itself, or fixed + slots
+ * without what the driver takes. BUDGET with the arithmetic below 2 slots. */
 sida_status sida_budget_slots(int32_t *slots, size_t *cap_bytes, const sida_budget *budget,
                               const sida_budget_needs *needs);
 

@@ -30,9 +30,10 @@ typedef struct pass {
     const sida_pass_options *options;
     const sida_model_info *info;
     sida_pass_stats *stats;
-    sida_store *store;
-    sida_queue *ready, *spare; /* of item */
-    item *items;               /* [item_count] */
+    sida_store *store;              /* NULL: all experts are resident */
+    const sida_hash_source *source; /* NULL: nothing to predict */
+    sida_queue *ready, *spare;      /* of item */
+    item *items;                    /* [item_count] */
     int32_t item_count;
     int32_t k; /* of the tables */
     /* The hash thread's. */
@@ -65,24 +66,36 @@ static int64_t position_of(int64_t batch, int64_t call, int32_t site) {
 
 /* --- hash tables */
 
-/* Tells the store which distinct experts a table's tokens will use, best predictions first. */
-static sida_status announce(pass *p, collector *c, const item *it, int64_t call, int side) {
+static void collect(collector *c, int32_t site, int32_t experts, int32_t e, int32_t *count) {
+    assert(e < experts);
+    if (c->taken[e]) return;
+    c->taken[e] = 1;
+    c->list[(*count)++] = site * experts + e;
+}
+
+/* Tells the store which distinct experts a table's tokens will use, best predictions first.
+ * `grown`: the sets of these sequences already hold the table, and all that is in them is needed.
+ */
+static sida_status announce(pass *p, collector *c, const item *it, int64_t call, int side,
+                            const sida_ragged *grown) {
     const sida_hash_table *table = &it->tables[side];
     int32_t experts = p->info->experts;
     sida_status status = SIDA_OK;
+    if (!p->store) goto out;
     pause_here(p);
     for (int32_t layer = 0; layer < table->layers; layer++) {
         int32_t site = layer + (side == SIDA_DECODER ? p->info->moe_layers[SIDA_ENCODER] : 0);
         int32_t count = 0;
         memset(c->taken, 0, (size_t)experts);
         for (int32_t r = 0; r < table->k; r++)
-            for (int64_t i = 0; i < table->tokens; i++) {
-                int32_t e = table->experts[(i * table->layers + layer) * table->k + r];
-                assert(e < experts);
-                if (c->taken[e]) continue;
-                c->taken[e] = 1;
-                c->list[count++] = site * experts + e;
-            }
+            for (int64_t i = 0; i < table->tokens; i++)
+                collect(c, site, experts,
+                        table->experts[(i * table->layers + layer) * table->k + r], &count);
+        for (int32_t s = 0; grown && s < grown->sequences; s++) {
+            const uint8_t *set = sida_router_sets_at(&p->sets, side, layer, s);
+            for (int32_t e = 0; grown->offsets[s + 1] > grown->offsets[s] && e < experts; e++)
+                if (set[e]) collect(c, site, experts, e, &count);
+        }
         SIDA_TRY(
             sida_store_announce(p->store, position_of(it->number, call, site), c->list, count));
     }
@@ -92,14 +105,14 @@ out:
 
 /* Tables of the encoder and of the decoder's first step. */
 static sida_status build_tables(pass *p, item *it) {
-    const sida_hash_source *source = p->options->source;
+    const sida_hash_source *source = p->source;
     const sida_ragged *input = &it->batch->input;
     int32_t sequences = input->sequences;
     sida_status status = SIDA_OK;
     if (!source) goto out;
     if (!it->state) SIDA_TRY(sida_hash_state_create(source, &it->state));
     SIDA_TRY(sida_hash_encode(source, it->state, input, p->k, &it->tables[SIDA_ENCODER]));
-    SIDA_TRY(announce(p, &p->ahead, it, 0, SIDA_ENCODER));
+    SIDA_TRY(announce(p, &p->ahead, it, 0, SIDA_ENCODER, NULL));
     SIDA_TRY(SIDA_GROW(&p->first_offsets, &p->first_offsets_capacity, sequences + 1, "a step"));
     SIDA_TRY(SIDA_GROW(&p->first_ids, &p->first_ids_capacity, sequences, "a step"));
     for (int32_t s = 0; s < sequences; s++) {
@@ -108,7 +121,7 @@ static sida_status build_tables(pass *p, item *it) {
     }
     const sida_ragged first = {sequences, p->first_offsets, p->first_ids};
     SIDA_TRY(sida_hash_decode(source, it->state, &first, p->k, &it->tables[SIDA_DECODER]));
-    SIDA_TRY(announce(p, &p->ahead, it, 1, SIDA_DECODER));
+    SIDA_TRY(announce(p, &p->ahead, it, 1, SIDA_DECODER, NULL));
 out:
     return status;
 }
@@ -135,7 +148,7 @@ out:
 static void stop(pass *p, sida_status reason) {
     sida_queue_close(p->ready, reason);
     sida_queue_close(p->spare, reason);
-    sida_store_cancel(p->store, reason);
+    if (p->store) sida_store_cancel(p->store, reason);
 }
 
 static void *hash_thread(void *argument) {
@@ -153,10 +166,12 @@ static void *hash_thread(void *argument) {
 
 /* --- the driver: model and store meet here */
 
+static const uint8_t *driver_allow(void *context, int32_t side) {
+    return ((const pass *)context)->sets.allowed[side];
+}
+
 static sida_status driver_choose(void *context, sida_moe_call *call) {
-    pass *p = context;
-    if (p->options->routing == SIDA_ROUTING_GUIDED)
-        return sida_routing_guided(&p->sets, call, p->info->renormalise);
+    const pass *p = context;
     sida_routing_predicted(&p->current->tables[call->side], call, p->info->renormalise);
     return SIDA_OK;
 }
@@ -197,14 +212,12 @@ static sida_status before_step(void *context, int32_t t, const sida_ragged *step
     item *it = p->current;
     sida_status status = SIDA_OK;
     p->call = 1 + t;
-    if (!p->options->source) goto out;
-    if (t > 0) {
-        SIDA_TRY(
-            sida_hash_decode(p->options->source, it->state, step, p->k, &it->tables[SIDA_DECODER]));
-        SIDA_TRY(announce(p, &p->here, it, p->call, SIDA_DECODER));
-    }
-    if (p->options->routing == SIDA_ROUTING_GUIDED)
-        sida_router_sets_add(&p->sets, &it->tables[SIDA_DECODER], step->offsets);
+    if (!p->source) goto out;
+    const bool guided = p->options->routing == SIDA_ROUTING_GUIDED;
+    sida_hash_table *table = &it->tables[SIDA_DECODER];
+    if (t > 0) SIDA_TRY(sida_hash_decode(p->source, it->state, step, p->k, table));
+    if (guided) sida_router_sets_add(&p->sets, table, step->offsets);
+    if (t > 0) SIDA_TRY(announce(p, &p->here, it, p->call, SIDA_DECODER, guided ? step : NULL));
 out:
     return status;
 }
@@ -271,20 +284,27 @@ static sida_status run_batch(pass *p, const sida_moe_driver *driver) {
     if (o->routing == SIDA_ROUTING_GUIDED) sida_router_sets_end(&p->sets);
     double latency_ms = (sida_clock_seconds() - begin) * 1e3;
     SIDA_TRY(count_batch(p, latency_ms));
-    if (o->on_batch)
-        SIDA_TRY(o->on_batch(o->on_batch_context, &(sida_pass_batch){.batch = it->batch,
-                                                                     .ids = p->ids,
-                                                                     .stride = o->max_new_tokens,
-                                                                     .counts = p->counts,
-                                                                     .latency_ms = latency_ms}));
+    if (o->on_batch) {
+        sida_pass_batch done = {.batch = it->batch,
+                                .ids = p->ids,
+                                .stride = o->max_new_tokens,
+                                .counts = p->counts,
+                                .latency_ms = latency_ms};
+        if (p->store) sida_store_get_stats(p->store, &done.store);
+        SIDA_TRY(o->on_batch(o->on_batch_context, &done));
+    }
 out:
     return status;
 }
 
 static sida_status run_batches(pass *p) {
+    const sida_pass_options *o = p->options;
     const sida_moe_driver driver = {
         .context = p,
-        .choose = p->options->routing == SIDA_ROUTING_EXACT ? NULL : driver_choose,
+        .allow = o->routing == SIDA_ROUTING_GUIDED ? driver_allow : NULL,
+        .choose = o->routing == SIDA_ROUTING_PREDICTED ? driver_choose : NULL,
+        .chooses_ahead = true,
+        .resident = o->resident ? sida_resident_table(o->resident) : NULL,
         .begin = driver_begin,
         .take = driver_take,
         .release = driver_release,
@@ -299,7 +319,8 @@ static sida_status run_batches(pass *p) {
         SIDA_TRY(run_batch(p, &driver));
         sida_batch_destroy(p->current->batch);
         p->current->batch = NULL;
-        SIDA_TRY(sida_queue_push(p->spare, p->current, NULL));
+        /* Refused only after an error, which `ready` was told first: the next pop says which. */
+        (void)sida_queue_push(p->spare, p->current, NULL);
     }
 out:
     return status;
@@ -326,6 +347,7 @@ static sida_status open_pass(pass *p) {
     SIDA_TRY(SIDA_ALLOC(&p->here.taken, info->experts, "a plan"));
     SIDA_TRY(SIDA_ALLOC(&p->global, info->experts, "a wave"));
     SIDA_TRY(sida_hasher_create(&p->digest));
+    if (o->resident) goto out;
     SIDA_TRY(sida_store_create(&p->store, sida_model_backend(o->model),
                                &(sida_store_options){
                                    .slots = o->slots,
@@ -347,7 +369,7 @@ static void close_pass(pass *p) {
     for (int32_t i = 0; p->items && i < p->item_count; i++) {
         item *it = &p->items[i];
         if (it->batch) sida_batch_destroy(it->batch);
-        if (it->state) sida_hash_state_destroy(p->options->source, it->state);
+        if (it->state) sida_hash_state_destroy(p->source, it->state);
         sida_hash_table_free(&it->tables[0]);
         sida_hash_table_free(&it->tables[1]);
     }
@@ -374,7 +396,10 @@ static void close_pass(pass *p) {
 static void fill_stats(pass *p, double begin) {
     sida_pass_stats *stats = p->stats;
     stats->seconds = sida_clock_seconds() - begin;
-    sida_store_get_stats(p->store, &stats->store);
+    if (p->store)
+        sida_store_get_stats(p->store, &stats->store);
+    else
+        stats->store.resident = stats->store.peak_resident = p->info->sites * p->info->experts;
     stats->inference_wait_seconds = p->queue_wait_seconds + stats->store.wait_seconds;
     stats->hash_wait_seconds = p->hash_wait_seconds;
     for (int side = 0; side < 2; side++)
@@ -390,7 +415,9 @@ sida_status sida_pass_run(sida_pass_stats *out, const sida_pass_options *options
     assert(options->source || options->routing == SIDA_ROUTING_EXACT);
     assert(!options->source || (options->top_k >= info->top_k && options->top_k <= info->experts));
     assert(options->queue >= 1 && options->max_new_tokens >= 1);
-    pass p = {.options = options, .info = info, .stats = out};
+    pass p = {.options = options, .info = info, .stats = out, .source = options->source};
+    /* There is nothing to load ahead. */
+    if (options->resident && options->routing == SIDA_ROUTING_EXACT) p.source = NULL;
     /* The hash table replaces the router: what lies behind the model's own k is never used. */
     p.k = options->routing == SIDA_ROUTING_PREDICTED ? info->top_k : options->top_k;
     pthread_t thread;

@@ -11,13 +11,17 @@ typedef struct sida_pass_batch {
     const sida_batch *batch;
     const int32_t *ids; /* [sequences, stride] generated, </s> included */
     int32_t stride;
-    const int32_t *counts; /* [sequences] */
-    double latency_ms;     /* from taking the batch off the queue to its last token */
+    const int32_t *counts;  /* [sequences] */
+    double latency_ms;      /* from taking the batch off the queue to its last token */
+    sida_store_stats store; /* of the pass so far */
 } sida_pass_batch;
 
 typedef struct sida_pass_options {
     sida_model *model;
-    sida_run *run;                  /* its limits must fit the batches */
+    sida_run *run; /* its limits must fit the batches */
+    /* All experts on the device; NULL: the store, under what slots to policy say, which mean
+     * nothing otherwise. Exact routing then takes no predictions. */
+    const sida_resident *resident;
     const sida_hash_source *source; /* NULL: no predictions (exact only) */
     sida_routing routing;
     int32_t top_k; /* experts predicted a token and layer, model's k … E */
@@ -43,6 +47,8 @@ typedef struct sida_pass_options {
 } sida_pass_options;
 
 typedef struct sida_pass_stats {
+    /* With all experts resident only `resident` and `peak_resident`: nothing is loaded, and needs
+     * are not counted, since which experts had rows stays on the device. */
     sida_store_stats store;
     int64_t batches, sequences, input_tokens, generated_tokens;
     double seconds;

@@ -53,6 +53,11 @@ void sida_router_sets_add(sida_router_sets *sets, const sida_hash_table *table,
             }
 }
 
+const uint8_t *sida_router_sets_at(const sida_router_sets *sets, int side, int32_t layer,
+                                   int32_t sequence) {
+    return set_at(sets, side, layer, sequence);
+}
+
 void sida_router_sets_end(sida_router_sets *sets) {
     for (int side = 0; side < 2; side++)
         for (int32_t layer = 0; layer < sets->layers[side]; layer++)
@@ -68,30 +73,7 @@ void sida_router_sets_end(sida_router_sets *sets) {
 void sida_router_sets_free(sida_router_sets *sets) {
     free(sets->allowed[0]);
     free(sets->allowed[1]);
-    free(sets->set_of);
     *sets = (sida_router_sets){0};
-}
-
-sida_status sida_routing_guided(sida_router_sets *sets, sida_moe_call *call, bool renormalise) {
-    sida_status status = SIDA_OK;
-    assert(call->sequences == sets->sequences);
-    SIDA_TRY(SIDA_GROW(&sets->set_of, &sets->set_of_capacity, call->tokens, "sets of tokens"));
-    for (int32_t s = 0; s < call->sequences; s++)
-        for (int64_t i = call->offsets[s]; i < call->offsets[s + 1]; i++) sets->set_of[i] = s;
-    /* The call's arrays are the host's, whatever the device. */
-    SIDA_TRY(sida_router_cpu(NULL, &(sida_router_call){
-                                       .experts = call->experts,
-                                       .alpha = call->alpha,
-                                       .logits = call->logits,
-                                       .n = call->tokens,
-                                       .experts_total = call->experts_total,
-                                       .k = call->k,
-                                       .renormalise = renormalise,
-                                       .allowed = set_at(sets, call->side, call->layer, 0),
-                                       .set_of = sets->set_of,
-                                   }));
-out:
-    return status;
 }
 
 void sida_routing_predicted(const sida_hash_table *table, sida_moe_call *call, bool renormalise) {

@@ -25,8 +25,6 @@ typedef struct sida_router_sets {
     int32_t layers[2], sequences;
     uint8_t *allowed[2]; /* [layers, sequences, experts] non-zero: in A */
     size_t capacity[2];
-    int32_t *set_of; /* [tokens of a call], scratch */
-    size_t set_of_capacity;
     /* Σ |A| / E over the finished (layer, sequence), and how many */
     double share_sum[2];
     int64_t share_count[2];
@@ -39,12 +37,15 @@ sida_status sida_router_sets_begin(sida_router_sets *sets, const sida_model_info
  * complete. offsets [sequences + 1]. */
 void sida_router_sets_add(sida_router_sets *sets, const sida_hash_table *table,
                           const int64_t *offsets);
+/* A of one layer of a side and one sequence, [experts]. */
+const uint8_t *sida_router_sets_at(const sida_router_sets *sets, int side, int32_t layer,
+                                   int32_t sequence);
 /* Counts the sets' sizes at the end of a batch. */
 void sida_router_sets_end(sida_router_sets *sets);
 void sida_router_sets_free(sida_router_sets *sets);
 
-/* sida_moe_driver.choose of the two: `table` holds a row for each token of the call. */
-sida_status sida_routing_guided(sida_router_sets *sets, sida_moe_call *call, bool renormalise);
+/* sida_moe_driver.choose of predicted routing: `table` holds a row for each token of the call.
+ * Guided routing is sida_moe_driver.allow, which answers with the sets of the side. */
 void sida_routing_predicted(const sida_hash_table *table, sida_moe_call *call, bool renormalise);
 
 #endif

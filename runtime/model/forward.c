@@ -1,62 +1,165 @@
-/* The two stacks. Ragged throughout: no padding is ever computed. */
+/* The two stacks. Ragged throughout: no padding is ever computed.
+ *
+ * A call is issued in segments, from one MoE layer that the host has to do with to the next, or as
+ * one where there is none; graphs.h records them. So what a segment issues depends on the key of
+ * the call alone, and all that differs from call to call is in index arrays on the device. */
 #include "runtime/model/run_private.h"
 
 #include <math.h>
 #include <string.h>
 
-/* y = x Wᵀ, by rows of the call. */
-static sida_status product(sida_run *run, float *y, const float *x, sida_weight weight, int64_t n,
+/* y = x Wᵀ, by rows of the call, y's of ldy; x dense. */
+static sida_status product(sida_run *run, void *y, sida_dtype y_type, int64_t ldy, const void *x,
+                           sida_dtype x_type, sida_weight weight, int64_t n,
                            sida_epilogue epilogue) {
-    sida_linear_call call = {.y = y,
-                             .ldy = weight.rows,
-                             .x = x,
-                             .ldx = weight.cols,
-                             .n = n,
-                             .weight = weight,
-                             .scale = 1.0f,
-                             .epilogue = epilogue};
+    const sida_linear_call call = {.y = y,
+                                   .ldy = ldy,
+                                   .x = x,
+                                   .ldx = weight.cols,
+                                   .n = n,
+                                   .weight = weight,
+                                   .scale = 1.0f,
+                                   .epilogue = epilogue,
+                                   .x_type = x_type,
+                                   .y_type = y_type};
     return run->ops->linear(run->stream, &call);
 }
 
-static sida_status norm(sida_run *run, float *out, const float *x, sida_weight weight, int64_t n) {
-    return run->ops->rms_norm(run->stream, out, SIDA_F32, x, weight, n, run->model->config.epsilon);
+static sida_linear_call normed_call(const sida_run *run, void *y, int64_t ldy, sida_weight weight,
+                                    sida_weight norm, int64_t n) {
+    return (sida_linear_call){.y = y,
+                              .ldy = ldy,
+                              .x = run->device.h,
+                              .ldx = weight.cols,
+                              .n = n,
+                              .weight = weight,
+                              .scale = 1.0f,
+                              .norm = norm,
+                              .epsilon = run->model->config.epsilon,
+                              .normed = run->device.x,
+                              .normed_type = run->model->activation};
+}
+
+sida_status sida_run_normed_product(sida_run *run, float *y, int64_t ldy, sida_weight weight,
+                                    sida_weight norm, int64_t n, bool keep) {
+    sida_linear_call call = normed_call(run, y, ldy, weight, norm, n);
+    call.keep_normed = keep;
+    return run->ops->linear(run->stream, &call);
+}
+
+/* h += x Wᵀ */
+static sida_status add_product(sida_run *run, const void *x, sida_dtype x_type, sida_weight weight,
+                               int64_t n) {
+    return product(run, run->device.h, SIDA_F32, weight.rows, x, x_type, weight, n,
+                   SIDA_EPILOGUE_ADD);
 }
 
 static int64_t inner_of(const sida_run *run) {
     return (int64_t)run->model->config.info.heads * run->model->config.info.d_kv;
 }
 
-/* h += W_o · attention, from q in place and the k and v given. */
-static sida_status attend(sida_run *run, const float *k, const float *v, const int64_t *k_start,
-                          const int32_t *k_count, const sida_weight *bias, int side, sida_weight o,
-                          int64_t tokens) {
+/* q, k and v of norm(h), side by side in device.qkv. */
+static sida_status self_products(sida_run *run, const sida_block *block, int64_t tokens) {
+    sida_status status = SIDA_OK;
+    sida_run_device *device = &run->device;
+    sida_dtype type = run->model->activation;
+    int64_t inner = inner_of(run);
+    bool whole = block->qkv.data != NULL;
+    SIDA_TRY(sida_run_normed_product(run, device->qkv, 3 * inner, whole ? block->qkv : block->q,
+                                     block->self_norm, tokens, !whole));
+    if (whole) goto out;
+    SIDA_TRY(product(run, device->qkv + inner, SIDA_F32, 3 * inner, device->x, type, block->k,
+                     tokens, SIDA_EPILOGUE_NONE));
+    SIDA_TRY(product(run, device->qkv + 2 * inner, SIDA_F32, 3 * inner, device->x, type, block->v,
+                     tokens, SIDA_EPILOGUE_NONE));
+out:
+    return status;
+}
+
+/* h += W_o · attention, from q in device.qkv; the caller has filled in its keys and how q lies. */
+static sida_status attend(sida_run *run, sida_attention_call *call, sida_weight o, int64_t tokens) {
     sida_status status = SIDA_OK;
     const sida_family_config *config = &run->model->config;
-    sida_run_device *device = &run->device;
+    const sida_run_device *device = &run->device;
+    call->out = device->context;
+    call->out_type = run->model->activation;
+    call->ldo = inner_of(run);
+    call->q = device->qkv;
+    call->sequences = run->sequences;
+    call->heads = config->info.heads;
+    call->d_kv = config->info.d_kv;
+    call->rows = tokens;
+    call->q_start = device->index.q_start;
+    call->q_count = device->index.q_count;
+    call->q_position = device->index.q_position;
+    call->bias_max_distance = config->max_distance;
+    SIDA_TRY(run->ops->attention(run->stream, call));
+    SIDA_TRY(add_product(run, device->context, call->out_type, o, tokens));
+out:
+    return status;
+}
+
+static sida_status encoder_attention(sida_run *run, const sida_block *block, int64_t tokens) {
+    sida_status status = SIDA_OK;
+    const sida_run_device *device = &run->device;
     int64_t inner = inner_of(run);
-    sida_attention_call call = {.out = device->context,
-                                .q = device->q,
-                                .k = k,
-                                .v = v,
-                                .ldo = inner,
-                                .ldq = inner,
+    sida_attention_call call = {.k = device->qkv + inner,
+                                .v = device->qkv + 2 * inner,
+                                .ldq = 3 * inner,
+                                .ldk = 3 * inner,
+                                .ldv = 3 * inner,
+                                .k_start = device->index.self_start,
+                                .k_count = device->index.self_count,
+                                .bias = run->model->bias[SIDA_ENCODER],
+                                .bias_bidirectional = true};
+    SIDA_TRY(self_products(run, block, tokens));
+    SIDA_TRY(attend(run, &call, block->o, tokens));
+out:
+    return status;
+}
+
+static sida_status decoder_attention(sida_run *run, int32_t i, int64_t tokens) {
+    sida_status status = SIDA_OK;
+    const sida_model *model = run->model;
+    const sida_block *block = &model->blocks[SIDA_DECODER][i];
+    const sida_run_device *device = &run->device;
+    int64_t inner = inner_of(run), both = 2 * inner;
+    int64_t own = i * (int64_t)run->limits.sequences * run->limits.decoder_positions * inner;
+    const sida_append_call append = {.k_cache = device->self_k + own,
+                                     .v_cache = device->self_v + own,
+                                     .k = device->qkv + inner,
+                                     .v = device->qkv + both,
+                                     .width = inner,
+                                     .ld = 3 * inner,
+                                     .sequences = run->sequences,
+                                     .rows = tokens,
+                                     .q_start = device->index.q_start,
+                                     .start = device->index.self_start,
+                                     .q_count = device->index.q_count,
+                                     .position = device->index.q_position};
+    sida_attention_call self = {.k = append.k_cache,
+                                .v = append.v_cache,
+                                .ldq = 3 * inner,
                                 .ldk = inner,
                                 .ldv = inner,
-                                .sequences = run->sequences,
-                                .heads = config->info.heads,
-                                .d_kv = config->info.d_kv,
-                                .rows = tokens,
-                                .q_start = device->index.q_start,
-                                .k_start = k_start,
-                                .q_count = device->index.q_count,
-                                .k_count = k_count,
-                                .q_position = device->index.q_position,
-                                .causal = bias && side == SIDA_DECODER,
-                                .bias_bidirectional = side == SIDA_ENCODER,
-                                .bias_max_distance = config->max_distance};
-    if (bias) call.bias = *bias;
-    SIDA_TRY(run->ops->attention(run->stream, &call));
-    SIDA_TRY(product(run, device->h, device->context, o, tokens, SIDA_EPILOGUE_ADD));
+                                .k_start = device->index.self_start,
+                                .k_count = device->index.self_count,
+                                .causal = true,
+                                .bias = model->bias[SIDA_DECODER]};
+    int64_t width = model->config.info.layers[SIDA_DECODER] * both;
+    sida_attention_call cross = {.k = device->cross + i * both,
+                                 .v = device->cross + i * both + inner,
+                                 .ldq = inner,
+                                 .ldk = width,
+                                 .ldv = width,
+                                 .k_start = device->index.cross_start,
+                                 .k_count = device->index.cross_count};
+    SIDA_TRY(self_products(run, block, tokens));
+    SIDA_TRY(run->ops->append(run->stream, &append));
+    SIDA_TRY(attend(run, &self, block->o, tokens));
+    SIDA_TRY(sida_run_normed_product(run, device->qkv, inner, block->cross_q, block->cross_norm,
+                                     tokens, false));
+    SIDA_TRY(attend(run, &cross, block->cross_o, tokens));
 out:
     return status;
 }
@@ -65,27 +168,111 @@ static sida_status dense_ff(sida_run *run, const sida_block *block, int64_t toke
     sida_status status = SIDA_OK;
     const sida_family_config *config = &run->model->config;
     sida_run_device *device = &run->device;
-    bool gated = config->gated;
-    SIDA_TRY(norm(run, device->x, device->h, block->ff_norm, tokens));
-    SIDA_TRY(product(run, device->hidden, device->x, block->wi, tokens,
-                     gated ? SIDA_EPILOGUE_NONE : SIDA_EPILOGUE_RELU));
-    if (gated) {
-        int64_t elements = tokens * config->info.d_ff;
+    sida_dtype type = run->model->activation;
+    int64_t d_ff = config->info.d_ff, elements = tokens * d_ff;
+    sida_linear_call in = normed_call(run, device->hidden, d_ff, block->wi, block->ff_norm, tokens);
+    in.keep_normed = config->gated;
+    in.epilogue = config->gated ? SIDA_EPILOGUE_NONE : SIDA_EPILOGUE_RELU;
+    in.y_type = config->gated ? SIDA_F32 : type;
+    SIDA_TRY(run->ops->linear(run->stream, &in));
+    if (config->gated) {
         float *up = device->hidden + elements;
-        SIDA_TRY(product(run, up, device->x, block->wi_1, tokens, SIDA_EPILOGUE_NONE));
+        SIDA_TRY(product(run, up, SIDA_F32, d_ff, device->x, type, block->wi_1, tokens,
+                         SIDA_EPILOGUE_NONE));
         SIDA_TRY(run->ops->gated(run->stream, device->hidden, device->hidden, up, elements,
                                  config->activation));
     }
-    SIDA_TRY(product(run, device->h, device->hidden, block->wo, tokens, SIDA_EPILOGUE_ADD));
+    SIDA_TRY(add_product(run, device->hidden, in.y_type, block->wo, tokens));
 out:
     return status;
 }
 
-static sida_status feed_forward(sida_run *run, const sida_moe_driver *driver, int side, int32_t i,
-                                const int32_t *position, int64_t tokens) {
-    const sida_block *block = &run->model->blocks[side][i];
-    return block->site >= 0 ? sida_run_moe(run, driver, side, i, position, tokens)
-                            : dense_ff(run, block, tokens);
+/* Keys and values of the encoder's normed output for every decoder block. */
+static sida_status finish_encoder(sida_run *run, int64_t tokens) {
+    sida_status status = SIDA_OK;
+    const sida_model *model = run->model;
+    const sida_block *blocks = model->blocks[SIDA_DECODER];
+    sida_weight norm = model->final_norm[SIDA_ENCODER];
+    int32_t layers = model->config.info.layers[SIDA_DECODER];
+    int64_t inner = inner_of(run), width = layers * 2 * inner;
+    if (model->cross_kv.data)
+        return sida_run_normed_product(run, run->device.cross, width, model->cross_kv, norm, tokens,
+                                       false);
+    SIDA_TRY(run->ops->rms_norm(run->stream, run->device.x, model->activation, run->device.h, norm,
+                                tokens, model->config.epsilon));
+    for (int32_t i = 0; i < 2 * layers; i++)
+        SIDA_TRY(product(run, run->device.cross + i * inner, SIDA_F32, width, run->device.x,
+                         model->activation, i % 2 ? blocks[i / 2].cross_v : blocks[i / 2].cross_k,
+                         tokens, SIDA_EPILOGUE_NONE));
+out:
+    return status;
+}
+
+/* From the experts of block `from` (-1: from the ids) to where block `to` needs the host (the
+ * number of blocks: to the end). */
+typedef struct segment {
+    sida_run *run;
+    const sida_run_call *call;
+    int32_t from, to;
+} segment;
+
+static sida_status issue(void *context) {
+    sida_status status = SIDA_OK;
+    const segment *part = context;
+    const sida_run_call *call = part->call;
+    sida_run *run = part->run;
+    const sida_block *blocks = run->model->blocks[call->side];
+    int32_t layers = run->model->config.info.layers[call->side];
+    int64_t tokens = call->tokens;
+    if (part->from < 0)
+        SIDA_TRY(run->ops->embedding(run->stream, run->device.h, run->model->embedding,
+                                     run->device.index.ids, tokens));
+    else
+        SIDA_TRY(sida_run_moe_combine(run, call, &blocks[part->from]));
+    for (int32_t i = part->from + 1; i < layers && i <= part->to; i++) {
+        if (call->side == SIDA_ENCODER)
+            SIDA_TRY(encoder_attention(run, &blocks[i], tokens));
+        else
+            SIDA_TRY(decoder_attention(run, i, tokens));
+        if (blocks[i].site < 0) {
+            SIDA_TRY(dense_ff(run, &blocks[i], tokens));
+            continue;
+        }
+        SIDA_TRY(sida_run_moe_route(run, call, &blocks[i]));
+        if (i == part->to) goto out;
+        SIDA_TRY(sida_run_moe_resident(run, call, &blocks[i]));
+        SIDA_TRY(sida_run_moe_combine(run, call, &blocks[i]));
+    }
+    if (call->side == SIDA_ENCODER) SIDA_TRY(finish_encoder(run, tokens));
+out:
+    return status;
+}
+
+/* Issues a call whose index is on its way to the device. */
+static sida_status run_segments(sida_run *run, const sida_run_call *call) {
+    sida_status status = SIDA_OK;
+    const sida_block *blocks = run->model->blocks[call->side];
+    int32_t layers = run->model->config.info.layers[call->side];
+    const sida_graphs_key key = {.resident = call->driver->resident,
+                                 .tokens = call->tokens,
+                                 .sequences = run->sequences,
+                                 .side = call->side,
+                                 .chooser = call->chooser,
+                                 .stops = call->stops};
+    segment part = {.run = run, .call = call, .from = -1};
+    SIDA_TRY(sida_graphs_begin(run->graphs, &key));
+    for (int32_t n = 0; part.from < layers; n++, part.from = part.to) {
+        part.to = part.from + 1;
+        while (part.to < layers && !(call->stops && blocks[part.to].site >= 0)) part.to++;
+        /* Behind the decoder's last experts nothing may be left. */
+        if (part.from == layers - 1 && call->side == SIDA_DECODER && sida_run_experts_add(run))
+            break;
+        SIDA_TRY(sida_graphs_issue(run->graphs, n, issue, &part));
+        if (part.to < layers) SIDA_TRY(sida_run_moe_stop(run, call, &blocks[part.to]));
+    }
+    if (call->stops) SIDA_TRY(sida_event_record(run->staged, run->stream));
+out:
+    return status;
 }
 
 /* Offsets that rise from 0, and ids inside the vocabulary. */
@@ -107,38 +294,26 @@ static sida_status check_ragged(const sida_run *run, const sida_ragged *batch, i
     return SIDA_OK;
 }
 
-/* Carries the call's index arrays to the device and embeds its ids. The caller has waited for
- * `staged`. */
-static sida_status begin_call(sida_run *run, const sida_ragged *batch) {
+/* Carries the call's index arrays to the device, then runs it. The caller has waited for `staged`
+ * and filled in what differs between the sides. */
+static sida_status run_call(sida_run *run, int side, const sida_ragged *batch,
+                            const sida_moe_driver *driver) {
     sida_status status = SIDA_OK;
-    sida_run_host *host = &run->host;
+    sida_run_index *index = &run->host.index;
     int64_t tokens = sida_ragged_tokens(batch);
-    memcpy(host->index.ids, batch->ids, (size_t)tokens * sizeof *batch->ids);
-    memcpy(host->index.q_start, batch->offsets,
-           ((size_t)batch->sequences + 1) * sizeof *batch->offsets);
-    for (int32_t s = 0; s < batch->sequences; s++)
-        host->index.q_count[s] = (int32_t)(batch->offsets[s + 1] - batch->offsets[s]);
-    SIDA_TRY(sida_copy(run->stream, run->device.index.q_start, host->index.q_start,
-                       run->index_ids_bytes + (size_t)tokens * sizeof *host->index.ids));
-    SIDA_TRY(sida_event_record(run->staged, run->stream));
-    SIDA_TRY(run->ops->embedding(run->stream, run->device.h, run->model->embedding,
-                                 run->device.index.ids, tokens));
-out:
-    return status;
-}
-
-/* Keys and values of the encoder's output for every decoder block. */
-static sida_status cross_keys(sida_run *run) {
-    sida_status status = SIDA_OK;
-    const sida_model *model = run->model;
-    int64_t stride = run->limits.input_tokens * inner_of(run);
-    for (int32_t i = 0; i < model->config.info.layers[SIDA_DECODER]; i++) {
-        const sida_block *block = &model->blocks[SIDA_DECODER][i];
-        SIDA_TRY(product(run, run->device.cross_k + i * stride, run->device.encoder, block->cross_k,
-                         run->input_tokens, SIDA_EPILOGUE_NONE));
-        SIDA_TRY(product(run, run->device.cross_v + i * stride, run->device.encoder, block->cross_v,
-                         run->input_tokens, SIDA_EPILOGUE_NONE));
+    sida_run_call call = {.driver = driver, .side = side, .tokens = tokens};
+    memcpy(index->ids, batch->ids, (size_t)tokens * sizeof *batch->ids);
+    memcpy(index->q_start, batch->offsets, ((size_t)batch->sequences + 1) * sizeof *batch->offsets);
+    int32_t *sequence_of = index->ids + tokens;
+    for (int32_t s = 0; s < batch->sequences; s++) {
+        index->q_count[s] = (int32_t)(batch->offsets[s + 1] - batch->offsets[s]);
+        for (int64_t i = batch->offsets[s]; i < batch->offsets[s + 1]; i++) sequence_of[i] = s;
     }
+    SIDA_TRY(sida_upload(run->stream, run->device.index.q_start, run->host_buffer, index->q_start,
+                         run->index_ids_bytes + 2 * (size_t)tokens * sizeof *index->ids));
+    SIDA_TRY(sida_run_moe_prepare(run, &call));
+    SIDA_TRY(sida_event_record(run->staged, run->stream));
+    SIDA_TRY(run_segments(run, &call));
 out:
     return status;
 }
@@ -146,8 +321,6 @@ out:
 sida_status sida_run_encode(sida_run *run, const sida_ragged *input,
                             const sida_moe_driver *driver) {
     sida_status status = SIDA_OK;
-    const sida_model *model = run->model;
-    sida_run_device *device = &run->device;
     sida_run_index *index = &run->host.index;
     run->sequences = 0;
     run->decoded_tokens = 0;
@@ -155,9 +328,7 @@ sida_status sida_run_encode(sida_run *run, const sida_ragged *input,
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "an input of %d sequences in a run of %d", input->sequences,
                   run->limits.sequences);
     SIDA_TRY(check_ragged(run, input, run->limits.input_tokens, "the input"));
-    int64_t tokens = sida_ragged_tokens(input);
     SIDA_TRY(sida_event_synchronize(run->staged));
-    run->input_tokens = tokens;
     for (int32_t s = 0; s < input->sequences; s++) {
         index->self_start[s] = index->cross_start[s] = input->offsets[s];
         index->self_count[s] = index->cross_count[s] =
@@ -165,86 +336,14 @@ sida_status sida_run_encode(sida_run *run, const sida_ragged *input,
         index->q_position[s] = run->host.position[s] = 0;
     }
     run->sequences = input->sequences;
-    SIDA_TRY(begin_call(run, input));
-    for (int32_t i = 0; i < model->config.info.layers[SIDA_ENCODER]; i++) {
-        const sida_block *block = &model->blocks[SIDA_ENCODER][i];
-        SIDA_TRY(norm(run, device->x, device->h, block->self_norm, tokens));
-        SIDA_TRY(product(run, device->q, device->x, block->q, tokens, SIDA_EPILOGUE_NONE));
-        SIDA_TRY(product(run, device->k, device->x, block->k, tokens, SIDA_EPILOGUE_NONE));
-        SIDA_TRY(product(run, device->v, device->x, block->v, tokens, SIDA_EPILOGUE_NONE));
-        SIDA_TRY(attend(run, device->k, device->v, device->index.self_start,
-                        device->index.self_count, &model->bias[SIDA_ENCODER], SIDA_ENCODER,
-                        block->o, tokens));
-        SIDA_TRY(feed_forward(run, driver, SIDA_ENCODER, i, run->host.zeros, tokens));
-    }
-    SIDA_TRY(norm(run, device->encoder, device->h, model->final_norm[SIDA_ENCODER], tokens));
-    SIDA_TRY(cross_keys(run));
+    SIDA_TRY(run_call(run, SIDA_ENCODER, input, driver));
 out:
     if (status != SIDA_OK) run->sequences = 0;
     return status;
 }
 
-sida_status sida_run_read_encoder(sida_run *run, float *out) {
-    sida_status status = SIDA_OK;
-    if (run->sequences == 0) SIDA_FAIL(SIDA_ERROR_ARGUMENT, "nothing has been encoded");
-    SIDA_TRY(sida_copy(run->stream, out, run->device.encoder,
-                       (size_t)run->input_tokens * (size_t)run->model->config.info.d_model *
-                           sizeof *out));
-    SIDA_TRY(sida_stream_synchronize(run->stream));
-out:
-    return status;
-}
-
-/* New keys or values join each sequence's cache. Where there is one sequence the product writes
- * there itself. */
-static sida_status extend_cache(sida_run *run, float *cache, float *fresh, sida_weight weight,
-                                int64_t tokens) {
-    sida_status status = SIDA_OK;
-    const sida_run_index *index = &run->host.index;
-    int64_t inner = inner_of(run);
-    if (run->sequences == 1)
-        return product(run, cache + run->host.position[0] * inner, run->device.x, weight, tokens,
-                       SIDA_EPILOGUE_NONE);
-    SIDA_TRY(product(run, fresh, run->device.x, weight, tokens, SIDA_EPILOGUE_NONE));
-    for (int32_t s = 0; s < run->sequences; s++)
-        if (index->q_count[s] > 0)
-            SIDA_TRY(sida_copy(run->stream,
-                               cache + (index->self_start[s] + index->q_position[s]) * inner,
-                               fresh + index->q_start[s] * inner,
-                               (size_t)index->q_count[s] * (size_t)inner * sizeof *fresh));
-out:
-    return status;
-}
-
-static sida_status decoder_block(sida_run *run, const sida_moe_driver *driver, int32_t i,
-                                 int64_t tokens) {
-    sida_status status = SIDA_OK;
-    const sida_model *model = run->model;
-    const sida_block *block = &model->blocks[SIDA_DECODER][i];
-    sida_run_device *device = &run->device;
-    int64_t inner = inner_of(run);
-    int64_t own = i * (int64_t)run->limits.sequences * run->limits.decoder_positions * inner;
-    int64_t cross = i * run->limits.input_tokens * inner;
-    SIDA_TRY(norm(run, device->x, device->h, block->self_norm, tokens));
-    SIDA_TRY(product(run, device->q, device->x, block->q, tokens, SIDA_EPILOGUE_NONE));
-    SIDA_TRY(extend_cache(run, device->self_k + own, device->k, block->k, tokens));
-    SIDA_TRY(extend_cache(run, device->self_v + own, device->v, block->v, tokens));
-    SIDA_TRY(attend(run, device->self_k + own, device->self_v + own, device->index.self_start,
-                    device->index.self_count, &model->bias[SIDA_DECODER], SIDA_DECODER, block->o,
-                    tokens));
-    SIDA_TRY(norm(run, device->x, device->h, block->cross_norm, tokens));
-    SIDA_TRY(product(run, device->q, device->x, block->cross_q, tokens, SIDA_EPILOGUE_NONE));
-    SIDA_TRY(attend(run, device->cross_k + cross, device->cross_v + cross,
-                    device->index.cross_start, device->index.cross_count, NULL, SIDA_DECODER,
-                    block->cross_o, tokens));
-    SIDA_TRY(feed_forward(run, driver, SIDA_DECODER, i, run->host.position, tokens));
-out:
-    return status;
-}
-
 sida_status sida_run_decode(sida_run *run, const sida_ragged *step, const sida_moe_driver *driver) {
     sida_status status = SIDA_OK;
-    const sida_model *model = run->model;
     sida_run_index *index = &run->host.index;
     int32_t positions = run->limits.decoder_positions;
     if (run->sequences == 0 || step->sequences != run->sequences)
@@ -266,17 +365,14 @@ sida_status sida_run_decode(sida_run *run, const sida_ragged *step, const sida_m
         index->self_count[s] = run->host.position[s] + count;
         index->q_position[s] = run->host.position[s];
     }
-    SIDA_TRY(begin_call(run, step));
-    for (int32_t i = 0; i < model->config.info.layers[SIDA_DECODER]; i++)
-        SIDA_TRY(decoder_block(run, driver, i, tokens));
-    SIDA_TRY(
-        norm(run, run->device.decoder, run->device.h, model->final_norm[SIDA_DECODER], tokens));
+    SIDA_TRY(run_call(run, SIDA_DECODER, step, driver));
     for (int32_t s = 0; s < step->sequences; s++) run->host.position[s] += index->q_count[s];
 out:
     if (status != SIDA_OK) run->decoded_tokens = 0;
     return status;
 }
 
+/* h is the last decode's until the next call. */
 sida_status sida_run_read_logits(sida_run *run, int64_t first, int64_t rows, float *out) {
     sida_status status = SIDA_OK;
     const sida_family_config *config = &run->model->config;
@@ -286,13 +382,10 @@ sida_status sida_run_read_logits(sida_run *run, int64_t first, int64_t rows, flo
                   (long long)rows, (long long)run->decoded_tokens);
     for (int64_t done = 0; done < rows;) {
         int64_t count = rows - done < run->logits_rows ? rows - done : run->logits_rows;
-        sida_linear_call head = {.y = run->device.logits,
-                                 .ldy = vocabulary,
-                                 .x = run->device.decoder + (first + done) * d,
-                                 .ldx = d,
-                                 .n = count,
-                                 .weight = run->model->head,
-                                 .scale = config->tied ? 1.0f / sqrtf((float)d) : 1.0f};
+        sida_linear_call head = normed_call(run, run->device.logits, vocabulary, run->model->head,
+                                            run->model->final_norm[SIDA_DECODER], count);
+        head.x = run->device.h + (first + done) * d;
+        if (config->tied) head.scale = 1.0f / sqrtf((float)d);
         SIDA_TRY(run->ops->linear(run->stream, &head));
         SIDA_TRY(sida_copy(run->stream, out + done * vocabulary, run->device.logits,
                            (size_t)count * (size_t)vocabulary * sizeof *out));

@@ -107,8 +107,6 @@ static sida_status place_block(loader *load, int side, int32_t i, int32_t *site)
     if (side == SIDA_DECODER) {
         SIDA_TRY(place(load, &block->cross_norm, SIDA_TENSOR_CROSS_NORM, side, i, 0, d));
         SIDA_TRY(place(load, &block->cross_q, SIDA_TENSOR_CROSS_Q, side, i, inner, d));
-        SIDA_TRY(place(load, &block->cross_k, SIDA_TENSOR_CROSS_K, side, i, inner, d));
-        SIDA_TRY(place(load, &block->cross_v, SIDA_TENSOR_CROSS_V, side, i, inner, d));
         SIDA_TRY(place(load, &block->cross_o, SIDA_TENSOR_CROSS_O, side, i, d, inner));
     }
     SIDA_TRY(place(load, &block->ff_norm, SIDA_TENSOR_FF_NORM, side, i, 0, d));
@@ -121,6 +119,20 @@ static sida_status place_block(loader *load, int side, int32_t i, int32_t *site)
     SIDA_TRY(place(load, &block->wi, SIDA_TENSOR_WI, side, i, ff, d));
     if (config->gated) SIDA_TRY(place(load, &block->wi_1, SIDA_TENSOR_WI_1, side, i, ff, d));
     SIDA_TRY(place(load, &block->wo, SIDA_TENSOR_WO, side, i, d, ff));
+out:
+    return status;
+}
+
+/* Side by side through all blocks: every one of them is multiplied with the encoder's output. */
+static sida_status place_cross(loader *load) {
+    sida_status status = SIDA_OK;
+    const sida_model_info *info = &load->model->config.info;
+    int64_t d = info->d_model, inner = (int64_t)info->heads * info->d_kv;
+    for (int32_t i = 0; i < info->layers[SIDA_DECODER]; i++) {
+        sida_block *block = &load->model->blocks[SIDA_DECODER][i];
+        SIDA_TRY(place(load, &block->cross_k, SIDA_TENSOR_CROSS_K, SIDA_DECODER, i, inner, d));
+        SIDA_TRY(place(load, &block->cross_v, SIDA_TENSOR_CROSS_V, SIDA_DECODER, i, inner, d));
+    }
 out:
     return status;
 }
@@ -145,6 +157,7 @@ static sida_status place_dense(loader *load) {
         for (int32_t i = 0; i < info->layers[side]; i++)
             SIDA_TRY(place_block(load, side, i, &site));
     }
+    SIDA_TRY(place_cross(load));
     model->config.info.dense_bytes = load->bytes;
 out:
     return status;
@@ -164,10 +177,55 @@ static sida_status copy_dense(loader *load) {
         at->target->data = to;
     }
     SIDA_TRY(sida_stream_synchronize(stream));
+    if (model->checkpoint) sida_checkpoint_pass(model->checkpoint, load->bytes);
     if (model->config.tied) model->head = model->embedding;
 out:
     sida_stream_destroy(stream);
     return status;
+}
+
+/* Makes *whole the matrix of all rows of both, when `next` lies behind it with the same type. */
+static bool join(sida_weight *whole, const sida_weight *next) {
+    const char *end = (const char *)whole->data +
+                      (size_t)whole->rows * (size_t)whole->cols * sida_dtype_bytes(whole->dtype);
+    bool joins = end == next->data && whole->dtype == next->dtype && whole->cols == next->cols;
+    if (joins) whole->rows += next->rows;
+    return joins;
+}
+
+static void join_weights(sida_model *model) {
+    const int32_t *layers = model->config.info.layers;
+    for (int side = 0; side < 2; side++)
+        for (int32_t i = 0; i < layers[side]; i++) {
+            sida_block *block = &model->blocks[side][i];
+            block->qkv = block->q;
+            if (!join(&block->qkv, &block->k) || !join(&block->qkv, &block->v))
+                block->qkv.data = NULL;
+        }
+    sida_block *const decoder = model->blocks[SIDA_DECODER];
+    sida_weight *cross = &model->cross_kv;
+    *cross = decoder[0].cross_k;
+    bool joins = join(cross, &decoder[0].cross_v);
+    for (int32_t i = 1; joins && i < layers[SIDA_DECODER]; i++)
+        joins = join(cross, &decoder[i].cross_k) && join(cross, &decoder[i].cross_v);
+    if (!joins) cross->data = NULL;
+}
+
+/* BF16 only where every product of a pass may read it; experts do so by 8 elements. */
+static sida_dtype activation_of(const sida_model *model) {
+    const sida_model_info *info = &model->config.info;
+    bool narrow = model->ops->bf16_activations && info->expert.dtype == SIDA_BF16 &&
+                  model->head.dtype == SIDA_BF16 && info->d_model % 8 == 0 && info->d_ff % 8 == 0;
+    for (int side = 0; side < 2; side++)
+        for (int32_t i = 0; narrow && i < info->layers[side]; i++) {
+            const sida_block *b = &model->blocks[side][i];
+            const sida_weight *const products[] = {
+                &b->q,       &b->k,       &b->v,      &b->o,  &b->cross_q, &b->cross_k,
+                &b->cross_v, &b->cross_o, &b->router, &b->wi, &b->wi_1,    &b->wo};
+            for (size_t p = 0; p < sizeof products / sizeof *products; p++)
+                narrow = narrow && (!products[p]->data || products[p]->dtype == SIDA_BF16);
+        }
+    return narrow ? SIDA_BF16 : SIDA_F32;
 }
 
 /* Elements of a stored tensor as fp32. */
@@ -201,38 +259,28 @@ out:
     return status;
 }
 
-/* Calls `each` for every expert in the order of global ids. */
-typedef void each_expert_fn(loader *load, int64_t global, const sida_tensor_view *matrices,
-                            int count);
-
-static sida_status for_experts(loader *load, each_expert_fn *each) {
+/* All experts' matrices, in the order of global ids, and their type: the stored one, or fp32 where
+ * they differ. */
+static sida_status find_experts(loader *load, sida_tensor_view (*out)[3], int *count) {
     sida_status status = SIDA_OK;
-    const sida_model_info *info = &load->model->config.info;
-    sida_tensor_view matrices[3];
-    int count;
+    sida_model_info *info = &load->model->config.info;
+    int64_t global = 0;
     for (int side = 0; side < 2; side++)
         for (int32_t i = 0; i < info->layers[side]; i++) {
-            int64_t site = load->model->blocks[side][i].site;
-            for (int32_t e = 0; site >= 0 && e < info->experts; e++) {
-                SIDA_TRY(expert_matrices(load, matrices, &count, side, i, e));
-                each(load, site * info->experts + e, matrices, count);
+            if (load->model->blocks[side][i].site < 0) continue;
+            for (int32_t e = 0; e < info->experts; e++, global++) {
+                SIDA_TRY(expert_matrices(load, out[global], count, side, i, e));
+                if (global == 0) info->expert.dtype = out[0][0].dtype;
+                for (int m = 0; m < *count; m++)
+                    if (out[global][m].dtype != info->expert.dtype) info->expert.dtype = SIDA_F32;
             }
         }
 out:
     return status;
 }
 
-/* One type for all: the stored one, or fp32 where they differ. */
-static void note_type(loader *load, int64_t global, const sida_tensor_view *matrices, int count) {
-    sida_expert_shape *shape = &load->model->config.info.expert;
-    if (global == 0) shape->dtype = matrices[0].dtype;
-    for (int i = 0; i < count; i++)
-        if (matrices[i].dtype != shape->dtype) shape->dtype = SIDA_F32;
-}
-
-static void fill_slab(loader *load, int64_t global, const sida_tensor_view *matrices, int count) {
-    const sida_model_info *info = &load->model->config.info;
-    char *to = (char *)load->model->slab->data + (size_t)global * info->expert_bytes;
+static void copy_expert(char *to, const sida_model_info *info, const sida_tensor_view *matrices,
+                        int count) {
     size_t elements = (size_t)info->d_model * (size_t)info->d_ff;
     for (int i = 0; i < count; i++) {
         if (matrices[i].dtype == info->expert.dtype)
@@ -247,16 +295,29 @@ static sida_status load_experts(loader *load) {
     sida_status status = SIDA_OK;
     sida_model *model = load->model;
     sida_model_info *info = &model->config.info;
+    sida_tensor_view(*matrices)[3] = NULL;
+    int64_t all = (int64_t)info->sites * info->experts;
+    int count = 0;
     size_t bytes;
-    SIDA_TRY(for_experts(load, note_type));
+    SIDA_TRY(SIDA_ALLOC(&matrices, all, "the experts' tensors"));
+    SIDA_TRY(find_experts(load, matrices, &count));
     info->expert_bytes = sida_expert_bytes(&info->expert);
-    if (sida_mul_overflow(info->expert_bytes, (size_t)info->sites * (size_t)info->experts, &bytes))
+    if (sida_mul_overflow(info->expert_bytes, (size_t)all, &bytes))
         SIDA_FAIL(SIDA_ERROR_MEMORY, "%s: the experts are larger than memory can be",
                   load->source->name);
     SIDA_TRY(sida_buffer_create(model->backend, &model->slab, SIDA_MEMORY_HOST, bytes,
                                 "the experts on the host"));
-    SIDA_TRY(for_experts(load, fill_slab));
+    /* One thread does not fill memory at its speed. */
+    for (int64_t first = 0; first < all; first += info->experts) {
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t i = first; i < first + info->experts; i++)
+            copy_expert((char *)model->slab->data + (size_t)i * info->expert_bytes, info,
+                        matrices[i], count);
+        if (model->checkpoint)
+            sida_checkpoint_pass(model->checkpoint, (size_t)info->experts * info->expert_bytes);
+    }
 out:
+    free(matrices);
     return status;
 }
 
@@ -284,6 +345,8 @@ sida_status sida_model_load(sida_model *model, const sida_tensor_source *source)
     SIDA_TRY(place_dense(&load));
     SIDA_TRY(load_experts(&load));
     SIDA_TRY(copy_dense(&load));
+    join_weights(model);
+    model->activation = activation_of(model);
 out:
     free(load.placements);
     return status;
@@ -310,12 +373,9 @@ sida_status sida_model_open(sida_model **out, sida_backend *backend, const char 
     SIDA_TRY(sida_model_load(
         model, &(sida_tensor_source){.name = folder, .context = &stored, .find = find_stored}));
     SIDA_TRY(sida_checkpoint_fingerprint(&model->config.info.fingerprint, model->checkpoint));
-    /* Loading asks for the experts' matrices twice. */
-    size_t experts = (size_t)model->config.info.sites * (size_t)model->config.info.experts;
-    size_t used = stored.used - experts * (model->config.gated ? 3 : 2);
-    if (used < sida_checkpoint_count(model->checkpoint))
+    if (stored.used < sida_checkpoint_count(model->checkpoint))
         sida_log(SIDA_LOG_INFO, "%s: %zu tensors are not used by %s", folder,
-                 sida_checkpoint_count(model->checkpoint) - used, model->family->model_type);
+                 sida_checkpoint_count(model->checkpoint) - stored.used, model->family->model_type);
     *out = model;
     model = NULL;
 out:

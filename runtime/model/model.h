@@ -50,8 +50,7 @@ sida_weight sida_model_embedding(const sida_model *model);
 sida_weight sida_model_embedding_host(const sida_model *model);
 
 /* What one MoE layer is about to do. Arrays are host arrays owned by the run. Those of the routing
- * (logits to dropped) are for choose and observe; with a driver that has neither the routing stays
- * on the device, and they are NULL. */
+ * (logits to dropped) are for choose and observe; for others they may be NULL. */
 typedef struct sida_moe_call {
     int32_t site, side, layer; /* layer: of that side's MoE layers */
     int32_t sequences;
@@ -59,7 +58,7 @@ typedef struct sida_moe_call {
     const int32_t *position; /* [sequences] position of each sequence's first token */
     int64_t tokens;
     int32_t experts_total, k;
-    const float *logits; /* [tokens, E], the true router's */
+    const float *logits; /* [tokens, E], the true router's; NULL where the choice is made ahead */
     int32_t *experts;    /* [tokens, k] */
     float *alpha;        /* [tokens, k] */
     uint8_t *dropped;    /* [tokens] */
@@ -68,19 +67,28 @@ typedef struct sida_moe_call {
 /* Who chooses and supplies the experts. Every function may be called from the thread that runs the
  * model only.
  *
- * Read-backs from the device: choose or observe, the routing of a MoE layer; neither, but begin,
- * take and release, E + 1 numbers a layer; neither, and resident, none at all. */
+ * When the host waits for the device: at every MoE layer for an observe, for a choose that is not
+ * ahead, and for which experts have rows where nothing says before the call which ones are needed
+ * (a store and exact routing). Otherwise never. */
 typedef struct sida_moe_driver {
     void *context;
-    /* Fills experts and alpha; NULL: the router decides (exact). Capacity is applied after it. */
+    /* Guided routing: among which experts the router chooses in the forward call that begins. A
+     * host array [MoE layers of the side, sequences, E] of bytes, not 0: allowed; at least k in
+     * each set of a sequence that has tokens in the call. It is read at once. NULL, or an answer of
+     * NULL: among all. */
+    const uint8_t *(*allow)(void *context, int32_t side);
+    /* Fills experts and alpha; NULL: the router decides. Capacity is applied after it. */
     sida_status (*choose)(void *context, sida_moe_call *call);
+    /* choose looks at no logits: it is called for all MoE layers before the forward call runs, and
+     * the router does not. */
+    bool chooses_ahead;
     /* Sees the finished routing; NULL: nobody looks. */
     sida_status (*observe)(void *context, const sida_moe_call *call);
-    /* Where all experts of a site are on the device: the device array [E] of their device pointers,
-     * valid while the driver is. Then begin, take and release are not called for the site. NULL, or
-     * an answer of NULL: they are. */
-    const void *const *(*resident)(void *context, int32_t site);
-    /* The distinct experts (0 … E-1, ascending) that this layer will compute with. */
+    /* Where all experts are on the device: the device array [sites * E] of their device pointers.
+     * Then begin, take and release are not called. */
+    const void *const *resident;
+    /* The distinct experts (0 … E-1, ascending) that this layer will compute with; with allow, all
+     * that are allowed to a sequence that has tokens: some may get none. */
     sida_status (*begin)(void *context, const sida_moe_call *call, const int32_t *needed,
                          int32_t count);
     /* A wave: between 1 and count of the needed experts not handed out yet, pinned on the device:
@@ -91,15 +99,14 @@ typedef struct sida_moe_driver {
                            sida_stream *stream);
 } sida_moe_driver;
 
-/* All experts on the device at once: for the tracer and for reference answers. `driver` is filled;
- * hooks choose and observe are NULL and may be set by the caller, who then passes a context through
- * sida_resident_set_context(). */
+/* All experts on the device at once. */
 typedef struct sida_resident sida_resident;
 sida_status sida_resident_create(sida_resident **out, const sida_model *model);
 void sida_resident_destroy(sida_resident *resident);
-/* A driver that serves from `resident`, with the caller's choose and
- * observe (either may be NULL), which get `context`. Valid while `resident` lives; one at a time.
- */
+/* For sida_moe_driver.resident; valid while `resident` lives. */
+const void *const *sida_resident_table(const sida_resident *resident);
+/* A driver that serves from `resident`, with the caller's choose and observe (either may be NULL),
+ * which get `context`. Valid while `resident` lives; one at a time. */
 const sida_moe_driver *
 sida_resident_driver(sida_resident *resident, void *context,
                      sida_status (*choose)(void *context, sida_moe_call *call),
@@ -124,8 +131,6 @@ sida_stream *sida_run_stream(sida_run *run);
 /* Runs the encoder and empties the decoder's caches. ARGUMENT beyond the limits, FORMAT for an id
  * outside the vocabulary. */
 sida_status sida_run_encode(sida_run *run, const sida_ragged *input, const sida_moe_driver *driver);
-/* The encoder's output after its final norm, [tokens, d_model], to the host: for tests. */
-sida_status sida_run_read_encoder(sida_run *run, float *out);
 
 /* Appends tokens to each sequence of the last encode (0 … n each; one call with the whole target is
  * teacher forcing, one token a call is cached decoding) and runs the decoder over them. Capacity

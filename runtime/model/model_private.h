@@ -6,6 +6,7 @@
 
 typedef struct sida_block {
     sida_weight self_norm, q, k, v, o;
+    sida_weight qkv; /* q, k and v as one matrix, where they lie so; else data is NULL */
     sida_weight cross_norm, cross_q, cross_k, cross_v, cross_o; /* decoder */
     sida_weight ff_norm;
     sida_weight router;       /* sparse blocks */
@@ -22,6 +23,10 @@ struct sida_model {
     sida_buffer *dense; /* every weight but the experts' */
     sida_buffer *slab;  /* the experts, on the host */
     sida_weight embedding, head, final_norm[2], bias[2];
+    /* cross_k and cross_v of block 0, of block 1, … as one matrix, where they lie so; else data is
+     * NULL. */
+    sida_weight cross_kv;
+    sida_dtype activation;      /* of what products read: F32, or BF16 with all weights */
     const void *embedding_host; /* in the checkpoint or the storage */
     sida_block *blocks[2];
     void *storage; /* of a model without a checkpoint: where its tensors were */
@@ -33,7 +38,7 @@ typedef struct sida_tensor_source {
     const char *name; /* for messages */
     void *context;
     /* The tensor of a role (expert -1: the dense one) in *out; its bytes stay while the model
-     * lives. A missing one or another shape is FORMAT. Experts' are asked for twice. */
+     * lives. A missing one or another shape is FORMAT. */
     sida_status (*find)(void *context, sida_tensor_view *out, sida_tensor_role role, int side,
                         int32_t block, int32_t expert, int rank, const int64_t *shape);
 } sida_tensor_source;

@@ -8,7 +8,6 @@
 enum { EXPERT_ALIGNMENT = 256 };
 
 struct sida_resident {
-    int32_t experts;     /* a site */
     sida_buffer *buffer; /* the experts, then the table: [sites, E] pointers to them */
     const void *const *table;
     sida_moe_driver driver;
@@ -30,7 +29,6 @@ sida_status sida_resident_create(sida_resident **out, const sida_model *model) {
     size_t each, bytes;
     *out = NULL;
     SIDA_TRY(SIDA_ALLOC(&resident, 1, "the resident experts"));
-    resident->experts = info->experts;
     if (sida_add_overflow(stride, sizeof *pointers, &each) || sida_mul_overflow(each, all, &bytes))
         SIDA_FAIL(SIDA_ERROR_MEMORY, "the resident experts are larger than memory can be");
     SIDA_TRY(sida_buffer_create(backend, &resident->buffer, SIDA_MEMORY_DEVICE, bytes,
@@ -71,9 +69,8 @@ static sida_status resident_observe(void *context, const sida_moe_call *call) {
     return resident->observe(resident->context, call);
 }
 
-static const void *const *resident_table(void *context, int32_t site) {
-    const sida_resident *resident = context;
-    return resident->table + (size_t)site * (size_t)resident->experts;
+const void *const *sida_resident_table(const sida_resident *resident) {
+    return resident->table;
 }
 
 const sida_moe_driver *
@@ -86,6 +83,6 @@ sida_resident_driver(sida_resident *resident, void *context,
     resident->driver = (sida_moe_driver){.context = resident,
                                          .choose = choose ? resident_choose : NULL,
                                          .observe = observe ? resident_observe : NULL,
-                                         .resident = resident_table};
+                                         .resident = resident->table};
     return &resident->driver;
 }

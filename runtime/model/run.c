@@ -63,20 +63,56 @@ static size_t lay_index(sida_run_index *out, layout *at, int64_t sequences, int6
     out->self_count = part(at, sequences, sizeof(int32_t));
     out->cross_count = part(at, sequences, sizeof(int32_t));
     size_t bytes = at->used - begin;
-    out->ids = part(at, tokens, sizeof(int32_t));
+    out->ids = part(at, 2 * tokens, sizeof(int32_t));
     return bytes;
 }
 
 static void lay_choice(sida_run_choice *out, layout *at, const sida_model_info *info,
                        int64_t tokens) {
-    out->experts = part(at, tokens * info->top_k, sizeof(int32_t));
-    out->alpha = part(at, tokens * info->top_k, sizeof(float));
-    out->dropped = part(at, tokens, sizeof(uint8_t));
-    out->rows = part(at, tokens * info->top_k, sizeof(int32_t));
     out->row_start = part(at, (int64_t)info->experts + 1, sizeof(int64_t));
     out->busy = part(at, info->experts, sizeof(int32_t));
     out->busy_count = part(at, 1, sizeof(int32_t));
-    out->waves = part(at, info->experts, SIDA_WAVE_BYTES);
+    out->alpha = part(at, tokens * info->top_k, sizeof(float));
+    out->experts = part(at, tokens * info->top_k, sizeof(int32_t));
+    out->dropped = part(at, tokens, sizeof(uint8_t));
+    out->rows = part(at, tokens * info->top_k, sizeof(int32_t));
+}
+
+size_t sida_run_choice_bytes(const sida_run *run, int64_t tokens) {
+    sida_run_choice choice;
+    layout at = {0};
+    lay_choice(&choice, &at, &run->model->config.info, tokens);
+    return at.used;
+}
+
+sida_run_choice sida_run_choice_at(const sida_run *run, char *choices, int32_t layer,
+                                   int64_t tokens) {
+    sida_run_choice choice;
+    layout at = {.base = choices + (size_t)layer * sida_run_choice_bytes(run, tokens)};
+    lay_choice(&choice, &at, &run->model->config.info, tokens);
+    return choice;
+}
+
+static int64_t most_layers(const sida_model_info *info) {
+    const int32_t *layers = info->moe_layers;
+    return layers[0] > layers[1] ? layers[0] : layers[1];
+}
+
+/* What has the same layout on both sides beside the index. */
+static void lay_choices(char **choices, uint8_t **allowed, layout *at, const sida_model_info *info,
+                        const sida_run_limits *limits) {
+    sida_run_choice choice;
+    layout one = {0};
+    lay_choice(&choice, &one, info, most_tokens(limits));
+    at->overflow |= one.overflow;
+    *choices = part(at, most_layers(info), one.used);
+    *allowed = part(at, most_layers(info) * limits->sequences, (size_t)info->experts);
+}
+
+static void *activations(layout *at, const sida_model *model, int64_t rows, int64_t width) {
+    int64_t count;
+    at->overflow |= __builtin_mul_overflow(rows, width, &count);
+    return part(at, count, sida_dtype_bytes(model->activation));
 }
 
 static void lay_device(sida_run_device *out, layout *at, const sida_model *model,
@@ -85,28 +121,26 @@ static void lay_device(sida_run_device *out, layout *at, const sida_model *model
     int64_t tokens = most_tokens(limits), d = info->d_model;
     int64_t inner = (int64_t)info->heads * info->d_kv, layers = info->layers[SIDA_DECODER];
     int64_t choices = tokens * info->top_k;
+    bool adds = model->ops->expert_adds && info->top_k == 1;
     lay_index(&out->index, at, limits->sequences, tokens);
-    lay_choice(&out->choice, at, info, tokens);
+    lay_choices(&out->choices, &out->allowed, at, info, limits);
+    out->waves = part(at, info->experts, SIDA_WAVE_BYTES);
     out->h = floats(at, tokens, d);
-    out->x = floats(at, tokens, d);
-    out->encoder = floats(at, limits->input_tokens, d);
-    out->decoder = floats(at, limits->step_tokens, d);
-    out->cross_k = floats(at, layers * limits->input_tokens, inner);
-    out->cross_v = floats(at, layers * limits->input_tokens, inner);
+    out->x = activations(at, model, tokens, d);
+    out->cross = floats(at, limits->input_tokens, layers * 2 * inner);
     out->self_k = floats(at, layers * limits->sequences * limits->decoder_positions, inner);
     out->self_v = floats(at, layers * limits->sequences * limits->decoder_positions, inner);
     out->logits = floats(at, logits_rows_of(limits), info->vocabulary);
     /* Attention, dense feed-forward and MoE follow one another: they share what comes last. */
     size_t shared = at->used;
-    out->q = floats(at, tokens, inner);
-    out->k = floats(at, tokens, inner);
-    out->v = floats(at, tokens, inner);
-    out->context = floats(at, tokens, inner);
+    out->qkv = floats(at, tokens, 3 * inner);
+    out->context = activations(at, model, tokens, inner);
     at->used = shared;
-    out->hidden = floats(at, tokens, (int64_t)info->d_ff * (model->config.gated ? 2 : 1));
+    out->hidden = model->config.gated ? floats(at, tokens, (int64_t)info->d_ff * 2)
+                                      : activations(at, model, tokens, info->d_ff);
     at->used = shared;
     out->logits_router = floats(at, tokens, info->experts);
-    out->scratch = floats(at, choices, d);
+    out->scratch = floats(at, adds ? 0 : choices, d);
     out->expert_workspace =
         floats(at, 1, (int64_t)sida_expert_workspace_floats(&info->expert, choices));
     at->used = at->high;
@@ -117,7 +151,8 @@ static size_t lay_host(sida_run_host *out, layout *at, const sida_model *model,
     const sida_model_info *info = &model->config.info;
     int64_t tokens = most_tokens(limits), sequences = limits->sequences;
     size_t bytes = lay_index(&out->index, at, sequences, tokens);
-    lay_choice(&out->choice, at, info, tokens);
+    lay_choices(&out->choices, &out->allowed, at, info, limits);
+    out->waves = part(at, most_layers(info) * info->experts, SIDA_WAVE_BYTES);
     out->logits_router = floats(at, tokens, info->experts);
     out->zeros = part(at, sequences, sizeof(int32_t));
     out->position = part(at, sequences, sizeof(int32_t));
@@ -181,6 +216,8 @@ sida_status sida_run_create(sida_run **out, sida_model *model, const sida_run_li
     for (int32_t s = 0; s < limits->sequences; s++) run->host.zeros[s] = 0;
     SIDA_TRY(sida_stream_create(model->backend, &run->stream, SIDA_STREAM_COMPUTE));
     SIDA_TRY(sida_event_create(model->backend, &run->staged));
+    SIDA_TRY(sida_graphs_create(&run->graphs, run->stream,
+                                (int32_t)most_layers(&model->config.info) + 1));
     if (run->ops->prepare) SIDA_TRY(run->ops->prepare(run->stream));
     *out = run;
     run = NULL;
@@ -192,6 +229,7 @@ out:
 void sida_run_destroy(sida_run *run) {
     if (!run) return;
     sida_stream_destroy(run->stream);
+    sida_graphs_destroy(run->graphs);
     sida_event_destroy(run->staged);
     sida_buffer_destroy(run->device_buffer);
     sida_buffer_destroy(run->host_buffer);

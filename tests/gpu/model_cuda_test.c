@@ -177,7 +177,7 @@ static void test_resident(void **state) {
             OK(sida_run_encode(run, &input, driver));
             OK(sida_run_decode(run, &target, driver));
             assert_int_equal(read_backs.waits, hooked * info->sites);
-            assert_int_equal(read_backs.copies, hooked * 3 * info->sites);
+            assert_int_equal(read_backs.copies, hooked * 2 * info->sites);
             OK(SIDA_ALLOC(&logits[hooked], rows * info->vocabulary, "logits"));
             OK(sida_run_read_logits(run, 0, rows, logits[hooked]));
         }

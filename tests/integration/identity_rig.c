@@ -271,15 +271,23 @@ void rig_open(rig *r, const char *folder, int32_t sequences, int64_t fail_copy) 
 }
 
 void rig_open_on(rig *r, sida_backend *backend, const char *folder, int32_t sequences) {
-    *r = (rig){.backend = backend, .fail_at = -1, .fail_tables_at = -1};
+    char own[sizeof r->folder] = "";
+    sida_model *model;
+    *r = (rig){0}; /* a back-end that delays copies looks at it */
     if (!folder) {
-        snprintf(r->folder, sizeof r->folder, "/tmp/sida_identity_XXXXXX");
-        assert_non_null(mkdtemp(r->folder));
-        write_model(r->folder);
-        folder = r->folder;
+        snprintf(own, sizeof own, "/tmp/sida_identity_XXXXXX");
+        assert_non_null(mkdtemp(own));
+        write_model(own);
+        folder = own;
     }
-    rig_assert_ok(sida_model_open(&r->model, r->backend, folder));
-    r->info = sida_model_get_info(r->model);
+    rig_assert_ok(sida_model_open(&model, backend, folder));
+    rig_open_model(r, backend, model, sequences);
+    memcpy(r->folder, own, sizeof own);
+}
+
+void rig_open_model(rig *r, sida_backend *backend, sida_model *model, int32_t sequences) {
+    *r = (rig){.backend = backend, .model = model, .fail_at = -1, .fail_tables_at = -1};
+    r->info = sida_model_get_info(model);
     make_corpus(r, sequences);
     const sida_run_limits limits = {.sequences = rig_max_batch,
                                     .input_tokens = rig_max_batch * 24,
@@ -354,8 +362,11 @@ out:
 sida_status rig_pass(rig *r, sida_pass_stats *stats, sida_pass_options options, int32_t batch,
                      unsigned seed) {
     size_t slot_bytes = sida_store_slot_bytes(r->info->expert_bytes);
-    rig_assert_ok(
-        sida_backend_set_cap(r->backend, r->fixed_bytes + (size_t)options.slots * slot_bytes));
+    sida_memory_usage before, usage;
+    sida_backend_memory(r->backend, &before);
+    if (!options.resident)
+        rig_assert_ok(
+            sida_backend_set_cap(r->backend, r->fixed_bytes + (size_t)options.slots * slot_bytes));
     r->batch = batch;
     r->fed = 0;
     r->tables = 0;
@@ -371,9 +382,8 @@ sida_status rig_pass(rig *r, sida_pass_stats *stats, sida_pass_options options, 
     options.pause_context = r;
     sida_status status = sida_pass_run(stats, &options);
     r->delay_seed = 0;
-    sida_memory_usage usage;
     sida_backend_memory(r->backend, &usage);
-    assert_int_equal(usage.used_bytes, r->fixed_bytes);
+    assert_int_equal(usage.used_bytes, before.used_bytes);
     assert_true(usage.peak_bytes <= usage.cap_bytes || status != SIDA_OK);
     rig_assert_ok(sida_backend_set_cap(r->backend, SIZE_MAX));
     return status;
@@ -406,8 +416,44 @@ static sida_status watch(void *context, const sida_moe_call *call) {
     return SIDA_OK;
 }
 
-/* The best allowed expert and its share of the softmax over all. α's last bits come from the op's
- * exponential, so it is asked for them with a set of one. */
+/* Each token's α for the expert chosen for it: the last bits come from the exponential of the
+ * device's router, so that is asked, with a set of one a token. */
+static void fill_alpha(const rig *r, const sida_moe_call *call) {
+    size_t tokens = (size_t)call->tokens, total = (size_t)call->experts_total;
+    size_t logits = tokens * total * sizeof(float), words = tokens * sizeof(int32_t);
+    sida_buffer *device;
+    sida_stream *stream;
+    uint8_t *sets = calloc(tokens, total);
+    int32_t *set_of = malloc(words + 1);
+    for (size_t i = 0; i < tokens; i++) {
+        sets[i * total + (size_t)call->experts[i]] = 1;
+        set_of[i] = (int32_t)i;
+    }
+    rig_assert_ok(sida_buffer_create(r->backend, &device, SIDA_MEMORY_DEVICE,
+                                     logits + 3 * words + tokens * total, "a router"));
+    rig_assert_ok(sida_stream_create(r->backend, &stream, SIDA_STREAM_COMPUTE));
+    char *at = device->data;
+    const sida_router_call router = {.experts = (int32_t *)(void *)(at + logits),
+                                     .alpha = (float *)(void *)(at + logits + words),
+                                     .logits = (const float *)(const void *)at,
+                                     .n = call->tokens,
+                                     .experts_total = call->experts_total,
+                                     .k = 1,
+                                     .allowed = (uint8_t *)at + logits + 3 * words,
+                                     .set_of = (int32_t *)(void *)(at + logits + 2 * words)};
+    rig_assert_ok(sida_copy(stream, at, call->logits, logits));
+    rig_assert_ok(sida_copy(stream, at + logits + 2 * words, set_of, words));
+    rig_assert_ok(sida_copy(stream, at + logits + 3 * words, sets, tokens * total));
+    rig_assert_ok(sida_ops_of(r->backend)->router(stream, &router));
+    rig_assert_ok(sida_copy(stream, call->alpha, router.alpha, words));
+    rig_assert_ok(sida_stream_synchronize(stream));
+    sida_stream_destroy(stream);
+    sida_buffer_destroy(device);
+    free(sets);
+    free(set_of);
+}
+
+/* The best allowed expert and its share of the softmax over all. */
 static sida_status choose(void *context, sida_moe_call *call) {
     watcher *w = context;
     const sida_hash_table *table = &w->table[call->side];
@@ -432,19 +478,10 @@ static sida_status choose(void *context, sida_moe_call *call) {
             int32_t best = -1;
             for (int32_t e = 0; e < total; e++)
                 if (allowed[e] && (best < 0 || logits[e] > logits[best])) best = e;
-            uint8_t only[512] = {0};
-            only[best] = 1;
-            const int32_t zero = 0;
-            rig_assert_ok(sida_router_cpu(NULL, &(sida_router_call){.experts = &call->experts[i],
-                                                                    .alpha = &call->alpha[i],
-                                                                    .logits = logits,
-                                                                    .n = 1,
-                                                                    .experts_total = total,
-                                                                    .k = 1,
-                                                                    .allowed = only,
-                                                                    .set_of = &zero}));
+            call->experts[i] = best;
         }
     }
+    if (w->routing == SIDA_ROUTING_GUIDED) fill_alpha(w->r, call);
     return SIDA_OK;
 }
 

@@ -33,6 +33,8 @@ enum { rig_max_new_tokens = 4, rig_max_batch = 16 };
 void rig_open(rig *r, const char *folder, int32_t sequences, int64_t fail_copy);
 /* The same on a back-end that the rig then owns; copies have no delays and do not fail. */
 void rig_open_on(rig *r, sida_backend *backend, const char *folder, int32_t sequences);
+/* The same with a model, which is the rig's then. */
+void rig_open_model(rig *r, sida_backend *backend, sida_model *model, int32_t sequences);
 /* Puts the corpus behind itself once more. */
 void rig_repeat(rig *r);
 void rig_close(rig *r);

@@ -214,6 +214,42 @@ static void test_lossy(void **state) {
     assert_false(sida_fingerprint_equal(digests[1], digests[2]));
 }
 
+/* Without a store: the same bytes, nothing loaded, and in exact routing nothing predicted. */
+static void test_resident(void **state) {
+    rig *r = *state;
+    sida_resident *resident;
+    rig_assert_ok(sida_resident_create(&resident, r->model));
+    for (int routing = SIDA_ROUTING_EXACT; routing <= SIDA_ROUTING_PREDICTED; routing++) {
+        reference ref;
+        rig_reference(r, &ref, (sida_routing)routing, 2, 4);
+        for (int32_t batch = 1; batch <= 16; batch += 5) {
+            sida_pass_stats stats;
+            rig_assert_ok(rig_pass(r, &stats,
+                                   (sida_pass_options){.resident = resident,
+                                                       .source = &r->source,
+                                                       .routing = (sida_routing)routing,
+                                                       .top_k = 2,
+                                                       .queue = 2},
+                                   batch, (unsigned)batch));
+            assert_digest(stats.digest, ref.digest, sida_routing_name((sida_routing)routing));
+            assert_int_equal(stats.generated_tokens, ref.logits);
+            assert_int_equal(stats.store.bytes_moved, 0);
+            assert_int_equal(stats.store.resident, r->info->sites * r->info->experts);
+            if (routing == SIDA_ROUTING_EXACT) assert_int_equal(r->tables, 0);
+            sida_pass_stats_free(&stats);
+        }
+        reference_free(&ref);
+    }
+    sida_pass_stats stats;
+    r->fail_at = 3;
+    assert_int_equal(
+        rig_pass(r, &stats, (sida_pass_options){.resident = resident, .queue = 1}, 1, 1),
+        SIDA_ERROR_IO);
+    r->fail_at = -1;
+    sida_pass_stats_free(&stats);
+    sida_resident_destroy(resident);
+}
+
 /* With every expert predicted, guided is exact. */
 static void test_guided_by_all(void **state) {
     rig *r = *state;
@@ -351,10 +387,11 @@ static int close_rig(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exact_grid),  cmocka_unit_test(test_exact_alone),
-        cmocka_unit_test(test_flipped_bit), cmocka_unit_test(test_host_slab),
-        cmocka_unit_test(test_lossy),       cmocka_unit_test(test_guided_by_all),
-        cmocka_unit_test(test_errors),      cmocka_unit_test(test_other_models),
+        cmocka_unit_test(test_exact_grid),    cmocka_unit_test(test_exact_alone),
+        cmocka_unit_test(test_flipped_bit),   cmocka_unit_test(test_host_slab),
+        cmocka_unit_test(test_lossy),         cmocka_unit_test(test_resident),
+        cmocka_unit_test(test_guided_by_all), cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_other_models),
     };
     return cmocka_run_group_tests(tests, open_rig, close_rig);
 }
