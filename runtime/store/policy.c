@@ -17,13 +17,20 @@ int32_t sida_policy_lru(const sida_slot_view *views, int32_t count) {
     return best;
 }
 
+/* What has just been used is often what is needed last, but its kernels still run: a copy into it
+ * would hold up the link. The next best is nearly as good, and this one is there for the next load.
+ */
+static bool gives_way_before(const sida_slot_view *a, const sida_slot_view *b) {
+    if (a->idle != b->idle) return a->idle;
+    if (a->next_use != b->next_use) return a->next_use > b->next_use;
+    if (a->heat < b->heat || a->heat > b->heat) return a->heat < b->heat;
+    return a->last_used < b->last_used;
+}
+
 int32_t sida_policy_lookahead(const sida_slot_view *views, int32_t count) {
     int32_t best = 0;
     for (int32_t i = 1; i < count; i++)
-        if (views[i].next_use > views[best].next_use ||
-            (views[i].next_use == views[best].next_use &&
-             views[i].last_used < views[best].last_used))
-            best = i;
+        if (gives_way_before(&views[i], &views[best])) best = i;
     return best;
 }
 

@@ -4,6 +4,7 @@
 #ifndef SIDA_RUNTIME_STORE_POLICY_H
 #define SIDA_RUNTIME_STORE_POLICY_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* Times are ticks of one counter that grows with every load and every use. */
@@ -12,6 +13,9 @@ typedef struct sida_slot_view {
     int64_t loaded_at;
     int64_t last_used; /* loaded_at when it has not been used yet */
     int64_t next_use;  /* position of its next use in the announced plans; INT64_MAX: none */
+    double heat;       /* how often its expert was used, older uses counting less; only the order
+                          means something; -INFINITY: never */
+    bool idle;         /* its last use is over: a copy into it need not wait */
 } sida_slot_view;
 
 /* The index of the victim among views[0 … count - 1], count >= 1, ascending by slot. */
@@ -22,8 +26,9 @@ typedef struct sida_policy {
     sida_policy_fn *victim;
 } sida_policy;
 
-/* fifo: the oldest load (the paper's). lru: the oldest use. lookahead: the furthest next use, ties
- * to the oldest use. Ties that are left go to the lower slot. */
+/* fifo: the oldest load (the paper's). lru: the oldest use. lookahead: idle before not; then the
+ * furthest next use, ties to the lowest heat, then to the oldest use. Ties that are left go to the
+ * lower slot. */
 sida_policy_fn sida_policy_fifo, sida_policy_lru, sida_policy_lookahead;
 
 /* NULL when `name` is no policy's. */

@@ -5,12 +5,15 @@
 #include "runtime/store/plan.h"
 
 #include <assert.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { slot_alignment = 256, default_depth = 2 };
+enum { slot_alignment = 256, least_depth = 2, most_depth = 16, bytes_under_way = 16 << 20 };
+/* A use counts half after so many uses of each expert on average. */
+enum { uses_in_half_life = 4 };
 
 typedef enum slot_state { SLOT_FREE, SLOT_LOADING, SLOT_READY } slot_state;
 
@@ -28,6 +31,7 @@ typedef struct slot {
 typedef struct wave {
     sida_event *event;
     int32_t references;
+    int64_t released_at; /* tick */
 } wave;
 
 /* A copy under way. */
@@ -55,8 +59,10 @@ struct sida_store {
     slot *slots;
     int32_t *slot_of; /* [experts] -1: not on the device */
     sida_plan *plan;
-    int64_t position, tick;
-    int32_t *demands; /* [experts] what the running layer lacks, in order */
+    double *heat; /* [experts] log2 of Σ 2^(time of a use in half-lives): see use_expert */
+    int64_t position, tick, uses;
+    int64_t over_until; /* tick: waves released up to it are known to be over */
+    int32_t *demands;   /* [experts] what the running layer lacks, in order */
     int32_t demand_first, demand_count;
     int32_t outstanding; /* needed and not handed out */
     int32_t pinned;
@@ -64,6 +70,8 @@ struct sida_store {
     wave *waves;      /* [slots + 1]: one is always without references */
     flight *flights;  /* ring [depth], the loader's own */
     int32_t flight_first, flight_count;
+    bool busy; /* a copy is under way, since: */
+    double busy_since;
     sida_slot_view *views; /* [slots], the loader's scratch */
     sida_store_stats stats;
 };
@@ -91,6 +99,29 @@ static sida_status report_failure(sida_store *store) {
 
 /* --- the loader. Mutex held in all helpers. */
 
+/* Learns which waves are over. They end in the order of their release when one stream computes, so
+ * the first that is not ends the search; with more streams later ones are found a little later. */
+static sida_status find_idle(sida_store *store) {
+    for (;;) {
+        const wave *first = NULL;
+        for (int32_t i = 0; i <= store->options.slots; i++) {
+            const wave *w = &store->waves[i];
+            if (w->references > 0 && w->released_at > store->over_until &&
+                (!first || w->released_at < first->released_at))
+                first = w;
+        }
+        if (!first) return SIDA_OK;
+        bool over;
+        sida_status status = sida_event_query(first->event, &over);
+        if (status != SIDA_OK || !over) return status;
+        store->over_until = first->released_at;
+    }
+}
+
+static bool is_idle(const sida_store *store, const slot *s) {
+    return s->last_wave < 0 || store->waves[s->last_wave].released_at <= store->over_until;
+}
+
 /* The slot that a load may take, or -1. A prefetch for `position` leaves alone what is needed no
  * later than itself; a demand says INT64_MIN. */
 static int32_t choose_slot(sida_store *store, int64_t position) {
@@ -101,7 +132,12 @@ static int32_t choose_slot(sida_store *store, int64_t position) {
         if (s->state != SLOT_READY || s->reserved || s->pinned) continue;
         int64_t next_use = sida_plan_next_use(store->plan, s->expert);
         if (next_use <= position) continue;
-        store->views[count++] = (sida_slot_view){i, s->loaded_at, s->last_used, next_use};
+        store->views[count++] = (sida_slot_view){.slot = i,
+                                                 .loaded_at = s->loaded_at,
+                                                 .last_used = s->last_used,
+                                                 .next_use = next_use,
+                                                 .heat = store->heat[s->expert],
+                                                 .idle = is_idle(store, s)};
     }
     if (count == 0) return -1;
     int32_t victim = store->options.policy->victim(store->views, count);
@@ -129,9 +165,15 @@ static bool choose_load(sida_store *store, int32_t *expert, int32_t *target, boo
     return false;
 }
 
-/* Gives the slot to the expert; returns the wave that the copy must wait for, -1: none. */
+static void drop_reference(sida_store *store, int32_t index) {
+    if (index >= 0) store->waves[index].references--;
+}
+
+/* Gives the slot to the expert; returns the wave that the copy must wait for (the caller drops the
+ * reference), -1: none. */
 static int32_t assign_slot(sida_store *store, int32_t target, int32_t expert, bool demand) {
     slot *s = &store->slots[target];
+    const bool idle = is_idle(store, s);
     if (s->state == SLOT_FREE) {
         if (++store->occupied > store->stats.peak_resident)
             store->stats.peak_resident = store->occupied;
@@ -141,7 +183,8 @@ static int32_t assign_slot(sida_store *store, int32_t target, int32_t expert, bo
         /* A demand may have thrown out what the cursor has passed already. */
         if (demand) sida_plan_rewind(store->plan);
     }
-    int32_t last_wave = s->last_wave;
+    int32_t last_wave = idle ? -1 : s->last_wave;
+    if (idle) drop_reference(store, s->last_wave);
     *s = (slot){.state = SLOT_LOADING,
                 .expert = expert,
                 .reserved = demand,
@@ -181,14 +224,21 @@ static bool start_load(sida_store *store) {
     int32_t expert, target;
     bool demand;
     if (store->flight_count == store->options.depth) return false;
+    sida_status status = find_idle(store);
+    if (status != SIDA_OK) {
+        set_failure(store, status, sida_last_message());
+        return true;
+    }
     if (!choose_load(store, &expert, &target, &demand)) return false;
     int32_t last_wave = assign_slot(store, target, expert, demand);
     flight *f = &store->flights[(store->flight_first + store->flight_count) % store->options.depth];
     f->slot = target;
+    if (!store->busy) store->busy_since = sida_clock_seconds();
+    store->busy = true;
     pthread_mutex_unlock(&store->mutex);
-    sida_status status = issue_copy(store, target, expert, last_wave, f->event);
+    status = issue_copy(store, target, expert, last_wave, f->event);
     pthread_mutex_lock(&store->mutex);
-    if (last_wave >= 0) store->waves[last_wave].references--;
+    drop_reference(store, last_wave);
     if (status != SIDA_OK)
         set_failure(store, status, sida_last_message());
     else
@@ -202,9 +252,14 @@ static bool finish_load(sida_store *store) {
     flight *f = &store->flights[store->flight_first];
     pthread_mutex_unlock(&store->mutex);
     sida_status status = sida_event_synchronize(f->event);
+    double now = sida_clock_seconds();
     pthread_mutex_lock(&store->mutex);
     store->flight_first = (store->flight_first + 1) % store->options.depth;
     store->flight_count--;
+    if (store->flight_count == 0) {
+        store->stats.busy_seconds += now - store->busy_since;
+        store->busy = false;
+    }
     if (status != SIDA_OK) {
         set_failure(store, status, sida_last_message());
         return true;
@@ -240,8 +295,12 @@ static sida_status allocate(sida_store *store) {
     SIDA_TRY(SIDA_ALLOC(&store->flights, o->depth, "copies under way"));
     SIDA_TRY(SIDA_ALLOC(&store->slot_of, o->experts, "the expert table"));
     SIDA_TRY(SIDA_ALLOC(&store->demands, o->experts, "the expert table"));
+    SIDA_TRY(SIDA_ALLOC(&store->heat, o->experts, "the expert table"));
     for (int32_t i = 0; i < o->slots; i++) store->slots[i].expert = store->slots[i].last_wave = -1;
-    for (int32_t i = 0; i < o->experts; i++) store->slot_of[i] = -1;
+    for (int32_t i = 0; i < o->experts; i++) {
+        store->slot_of[i] = -1;
+        store->heat[i] = -INFINITY;
+    }
     for (int32_t i = 0; i <= o->slots; i++)
         SIDA_TRY(sida_event_create(store->backend, &store->waves[i].event));
     for (int32_t i = 0; i < o->depth; i++)
@@ -259,6 +318,11 @@ out:
     return status;
 }
 
+static int32_t choose_depth(size_t expert_bytes) {
+    size_t depth = (bytes_under_way + expert_bytes - 1) / expert_bytes;
+    return depth < least_depth ? least_depth : depth > most_depth ? most_depth : (int32_t)depth;
+}
+
 sida_status sida_store_create(sida_store **out, sida_backend *backend,
                               const sida_store_options *options) {
     assert(options->slots >= 2 && options->experts >= 1 && options->expert_bytes > 0);
@@ -269,7 +333,7 @@ sida_status sida_store_create(sida_store **out, sida_backend *backend,
     if (status != SIDA_OK) return status;
     store->backend = backend;
     store->options = *options;
-    if (store->options.depth <= 0) store->options.depth = default_depth;
+    if (store->options.depth <= 0) store->options.depth = choose_depth(options->expert_bytes);
     store->slot_bytes = sida_store_slot_bytes(options->expert_bytes);
     store->position = INT64_MIN;
     pthread_mutex_init(&store->mutex, NULL);
@@ -306,6 +370,7 @@ void sida_store_destroy(sida_store *store) {
     free(store->flights);
     free(store->slot_of);
     free(store->demands);
+    free(store->heat);
     pthread_cond_destroy(&store->changed);
     pthread_mutex_destroy(&store->mutex);
     free(store);
@@ -325,6 +390,13 @@ sida_status sida_store_announce(sida_store *store, int64_t position, const int32
     return status;
 }
 
+/* Adds 1 to the expert's decayed count of uses. Kept as a logarithm of a sum whose new terms grow
+ * instead of old ones shrinking, so that experts compare without being touched. */
+static void use_expert(sida_store *store, int32_t expert) {
+    double now = (double)++store->uses / ((double)store->options.experts * uses_in_half_life);
+    store->heat[expert] = now + log2(1 + exp2(store->heat[expert] - now));
+}
+
 sida_status sida_store_begin(sida_store *store, int64_t position, const int32_t *needed,
                              int32_t count) {
     pthread_mutex_lock(&store->mutex);
@@ -339,6 +411,7 @@ sida_status sida_store_begin(sida_store *store, int64_t position, const int32_t 
     store->demand_first = store->demand_count = 0;
     for (int32_t i = 0; i < count; i++) {
         int32_t index = store->slot_of[needed[i]];
+        use_expert(store, needed[i]);
         if (index < 0) {
             store->demands[store->demand_count++] = needed[i];
             store->stats.demand_loads++;
@@ -407,11 +480,12 @@ sida_status sida_store_release(sida_store *store, const int32_t *experts, int32_
     for (int32_t i = 0; i < count; i++) {
         slot *s = &store->slots[store->slot_of[experts[i]]];
         assert(s->pinned && s->expert == experts[i]);
-        if (s->last_wave >= 0) store->waves[s->last_wave].references--;
+        drop_reference(store, s->last_wave);
         s->last_wave = w;
         s->pinned = false;
         s->last_used = ++store->tick;
     }
+    store->waves[w].released_at = store->tick;
     store->pinned -= count;
     pthread_cond_broadcast(&store->changed);
     pthread_mutex_unlock(&store->mutex);
@@ -427,6 +501,7 @@ void sida_store_cancel(sida_store *store, sida_status reason) {
 void sida_store_get_stats(sida_store *store, sida_store_stats *out) {
     pthread_mutex_lock(&store->mutex);
     *out = store->stats;
+    if (store->busy) out->busy_seconds += sida_clock_seconds() - store->busy_since;
     out->resident = 0;
     for (int32_t i = 0; i < store->options.slots; i++) {
         const slot *s = &store->slots[i];

@@ -9,7 +9,8 @@
  * - A load on demand takes any slot that is not pinned, not reserved for the running layer and not
  *   being loaded; the copy waits on the copy stream for the slot's last use.
  * - A layer that needs more experts than there are slots gets them in waves. Two slots are enough.
- * - No lock is held across a copy, up to `depth` copies are under way at once.
+ * - No lock is held across a copy, up to `depth` copies are under way at once: enough that the link
+ *   does not wait for the host, and no more, for a load on demand waits for those before it.
  * - An error of a copy, and sida_store_cancel(), wake everybody; every later call returns it. */
 #ifndef SIDA_RUNTIME_STORE_STORE_H
 #define SIDA_RUNTIME_STORE_STORE_H
@@ -31,7 +32,7 @@ typedef struct sida_store_options {
     void *source_context;
     const sida_policy *policy;
     bool prefetch; /* false: plans only tell the policy what comes */
-    int32_t depth; /* copies under way at once; 0: 2 */
+    int32_t depth; /* copies under way at once; 0: 16 MiB, but 2 … 16 copies */
     /* Tests: overwrite a slot with NaN bytes before a load, so that an early reader is seen. */
     bool poison;
     /* Tests: called on the loader's thread, without the lock, before it issues a load. */
@@ -49,6 +50,12 @@ typedef struct sida_store_stats {
     int64_t bytes_wasted;       /* of these: prefetched and not used (yet) */
     int32_t resident, peak_resident;
     double wait_seconds; /* of the thread that runs layers, in take */
+    /* In which at least one copy was issued and not known to be over: the union of the host's
+     * intervals. bytes_moved / busy_seconds is the rate while loading, from below: a copy that
+     * waits on the copy stream for its slot's last use counts, and so do, once each time the link
+     * falls idle, the call that issued the first copy and the wait until the host knows the end of
+     * the last (some 10 us together). */
+    double busy_seconds;
 } sida_store_stats;
 
 /* Bytes that a slot takes of the device buffer. */

@@ -3,6 +3,7 @@
 #include "runtime/store/plan.h"
 #include "runtime/store/policy.h"
 
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -24,6 +25,19 @@ static void test_policies(void **state) {
     assert_int_equal(sida_policy_lookahead(views, 4), 2); /* the tie goes to the oldest use */
     assert_int_equal(sida_policy_lookahead(views, 2), 1);
     assert_int_equal(sida_policy_lookahead(views + 3, 1), 0);
+    /* Of the furthest two the cold one gives way; an idle slot before any that is in use. */
+    sida_slot_view warm[4];
+    memcpy(warm, views, sizeof warm);
+    warm[2].heat = 1.5;
+    warm[1].heat = 1;
+    assert_int_equal(sida_policy_lookahead(warm, 4), 1);
+    warm[1].heat = -INFINITY;
+    assert_int_equal(sida_policy_lookahead(warm, 4), 1);
+    warm[0].idle = warm[3].idle = true;
+    assert_int_equal(sida_policy_lookahead(warm, 4), 3);
+    warm[1].idle = true;
+    assert_int_equal(sida_policy_lookahead(warm, 4), 1);
+    assert_int_equal(sida_policy_lru(warm, 4), 2);
     const sida_slot_view same[] = {{.slot = 4, .next_use = INT64_MAX},
                                    {.slot = 5, .next_use = INT64_MAX}};
     assert_int_equal(sida_policy_fifo(same, 2), 0);

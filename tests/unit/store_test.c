@@ -22,6 +22,7 @@ typedef struct rig {
     float experts[max_experts][words];
     atomic_uint delay_seed;                 /* 0: no delays */
     atomic_bool gate_closed, copies_closed; /* hold the loader, the copy thread */
+    atomic_size_t held_bytes;               /* hold copies of this size alone; 0: none */
 } rig;
 
 static void assert_ok(sida_status status) {
@@ -45,8 +46,8 @@ static void delay(void *context) {
 }
 
 static void delay_copy(void *context, size_t bytes) {
-    (void)bytes;
-    while (((rig *)context)->copies_closed) usleep(50);
+    rig *r = context;
+    while (r->copies_closed || r->held_bytes == bytes) usleep(50);
     delay(context);
 }
 
@@ -67,6 +68,7 @@ static void rig_open(rig *r, int32_t slots, int32_t experts, const char *policy,
                                   .source_context = r,
                                   .policy = sida_policy_find(policy),
                                   .prefetch = prefetch,
+                                  .depth = 2,
                                   .poison = true,
                                   .before_load = delay,
                                   .before_load_context = r};
@@ -263,6 +265,113 @@ static void test_no_prefetch(void **state) {
     rig_close(&r);
 }
 
+/* Without plans what was used often stays: 0 and 1, though 2 to 5 came later. */
+static void test_heat(void **state) {
+    (void)state;
+    rig r = {0};
+    int32_t waves;
+    sida_store_stats stats;
+    rig_open(&r, 3, 8, "lookahead", false, 0);
+    int64_t position = 0;
+    for (int i = 0; i < 3; i++)
+        assert_ok(run_layer(&r, ++position, (int32_t[]){0, 1}, 2, 3, &waves));
+    for (int32_t e = 2; e < 6; e++) assert_ok(run_layer(&r, ++position, &e, 1, 3, &waves));
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.demand_loads, 6);
+    assert_ok(run_layer(&r, ++position, (int32_t[]){0, 1}, 2, 3, &waves));
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.demand_loads, 6);
+    /* Uses fade: 64 of others, two half-lives, and 6 and 7 have been used more. */
+    for (int i = 0; i < 32; i++)
+        assert_ok(run_layer(&r, ++position, (int32_t[]){6, 7}, 2, 3, &waves));
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.demand_loads, 8);
+    assert_ok(run_layer(&r, ++position, (int32_t[]){6, 7}, 2, 3, &waves));
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.demand_loads, 8);
+    rig_close(&r);
+}
+
+/* A load takes a slot whose use is over, though one that is still computed with would be better;
+ * when there is no other it waits for that one on the copy stream. */
+static void test_idle_first(void **state) {
+    (void)state;
+    rig r = {0};
+    int32_t waves, expert, n;
+    const void *weights;
+    char long_from[3], long_to[3] = {0};
+    sida_store_stats stats;
+    sida_stream *computing;
+    rig_open(&r, 2, 8, "lookahead", false, 0);
+    assert_ok(sida_stream_create(r.backend, &computing, SIDA_STREAM_COPY));
+    assert_ok(run_layer(&r, 1, (int32_t[]){0}, 1, 2, &waves));
+    /* 1 is computed with, by work that does not end for now. 0 comes again, 1 does not. */
+    assert_ok(sida_store_begin(r.store, 2, (int32_t[]){1}, 1));
+    assert_ok(sida_store_take(r.store, &expert, &weights, &n));
+    r.held_bytes = sizeof long_from;
+    memset(long_from, 1, sizeof long_from);
+    assert_ok(sida_copy(computing, long_to, long_from, sizeof long_from));
+    assert_ok(sida_store_release(r.store, &expert, 1, computing));
+    assert_ok(sida_store_announce(r.store, 9, (int32_t[]){0}, 1));
+    assert_ok(run_layer(&r, 3, (int32_t[]){2}, 1, 2, &waves)); /* would hang behind 1's slot */
+    assert_ok(run_layer(&r, 4, (int32_t[]){1}, 1, 2, &waves));
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.hits, 1);
+    assert_int_equal(stats.demand_loads, 3);
+    /* Both in use: the load starts, and ends with the work. */
+    assert_ok(sida_copy(computing, long_to, long_from, sizeof long_from));
+    for (int32_t e = 1; e <= 2; e++) {
+        assert_ok(sida_store_begin(r.store, 4 + e, &e, 1));
+        assert_ok(sida_store_take(r.store, &expert, &weights, &n));
+        assert_ok(sida_store_release(r.store, &expert, 1, computing));
+    }
+    assert_ok(sida_store_begin(r.store, 7, (int32_t[]){5}, 1));
+    do {
+        usleep(100);
+        sida_store_get_stats(r.store, &stats);
+    } while (stats.bytes_moved < 4 * (int64_t)sizeof *r.experts);
+    usleep(2000);
+    sida_store_get_stats(r.store, &stats);
+    assert_int_equal(stats.resident, 1);
+    r.held_bytes = 0;
+    assert_ok(sida_store_take(r.store, &expert, &weights, &n));
+    assert_int_equal(expert, 5);
+    assert_memory_equal(weights, r.experts[5], sizeof *r.experts);
+    assert_ok(sida_store_release(r.store, &expert, 1, r.compute));
+    sida_stream_destroy(computing);
+    rig_close(&r);
+}
+
+/* The link's busy time is that of copies, not of the pauses between them. */
+static void test_busy(void **state) {
+    (void)state;
+    rig r = {0};
+    int32_t waves;
+    sida_store_stats stats, later;
+    rig_open(&r, 3, 8, "lookahead", true, 0);
+    sida_store_get_stats(r.store, &stats);
+    assert_true(stats.busy_seconds == 0);
+    r.copies_closed = true;
+    assert_ok(sida_store_announce(r.store, 1, (int32_t[]){1, 2}, 2));
+    do {
+        usleep(100);
+        sida_store_get_stats(r.store, &stats);
+    } while (stats.prefetch_loads < 2);
+    sida_store_get_stats(r.store, &stats);
+    usleep(5000);
+    sida_store_get_stats(r.store, &later); /* counts while a copy runs */
+    assert_true(later.busy_seconds >= stats.busy_seconds + 0.005);
+    r.copies_closed = false;
+    assert_ok(run_layer(&r, 1, (int32_t[]){1, 2}, 2, 3, &waves));
+    usleep(1000);
+    sida_store_get_stats(r.store, &stats);
+    assert_true(stats.busy_seconds >= later.busy_seconds);
+    usleep(5000);
+    sida_store_get_stats(r.store, &later);
+    assert_true(later.busy_seconds == stats.busy_seconds);
+    rig_close(&r);
+}
+
 static void *cancel_soon(void *argument) {
     rig *r = argument;
     usleep(3000);
@@ -382,13 +491,11 @@ static void test_stress(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_two_slots),
-        cmocka_unit_test(test_prefetch),
-        cmocka_unit_test(test_late_and_dropped),
-        cmocka_unit_test(test_no_prefetch),
-        cmocka_unit_test(test_two_in_flight),
-        cmocka_unit_test(test_errors_wake),
-        cmocka_unit_test(test_cap),
+        cmocka_unit_test(test_two_slots),        cmocka_unit_test(test_prefetch),
+        cmocka_unit_test(test_late_and_dropped), cmocka_unit_test(test_no_prefetch),
+        cmocka_unit_test(test_two_in_flight),    cmocka_unit_test(test_heat),
+        cmocka_unit_test(test_idle_first),       cmocka_unit_test(test_busy),
+        cmocka_unit_test(test_errors_wake),      cmocka_unit_test(test_cap),
         cmocka_unit_test(test_stress),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
