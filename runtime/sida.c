@@ -2,7 +2,9 @@
 #include "runtime/sida.h"
 
 #include "data/batch.h"
+#include "formats/base/clock.h"
 #include "formats/base/file.h"
+#include "formats/base/log.h"
 #include "formats/base/memory.h"
 #include "formats/tokenizer.h"
 #include "runtime/engine/budget.h"
@@ -17,16 +19,24 @@
 #endif
 
 enum { most_batch = 4096, most_tokens = 65536, most_queue = 1024 };
+/* Of a size, set aside for what driver and libraries take after it was divided: kernels are loaded
+ * when they first run, graphs are made, allocations are rounded up. */
+static const size_t driver_reserve_bytes = (size_t)64 << 20;
+/* Between two questions to the driver during a run. */
+static const double sample_interval_s = 0.1;
 
 struct sida_engine {
     sida_backend *backend;
     sida_model *model;
     sida_run *run;
+    sida_resident *resident; /* NULL: experts come through slots */
     sida_tokenizer *tokenizer;
     sida_hash_source *source;
     const sida_policy *policy;
     sida_routing routing;
     sida_engine_options options; /* its strings are not kept */
+    sida_budget budget;
+    sida_budget_needs needs;
     sida_engine_facts facts;
 };
 
@@ -55,8 +65,7 @@ static sida_status check_number(const char *name, int64_t value, int64_t low, in
 }
 
 /* What can be said before any file is opened. */
-static sida_status check_options(sida_engine *engine, const sida_engine_options *o,
-                                 sida_budget *budget) {
+static sida_status check_options(sida_engine *engine, const sida_engine_options *o) {
     sida_status status = SIDA_OK;
     if (o->version != SIDA_ENGINE_OPTIONS_VERSION)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "engine options of version %u: this library knows %d",
@@ -72,7 +81,7 @@ static sida_status check_options(sida_engine *engine, const sida_engine_options 
     if (engine->routing != SIDA_ROUTING_EXACT && !o->predictor)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "routing %s needs a predictor",
                   sida_routing_name(engine->routing));
-    SIDA_TRY(sida_budget_parse(budget, o->budget ? o->budget : "100%"));
+    SIDA_TRY(sida_budget_parse(&engine->budget, o->budget ? o->budget : "100%"));
     SIDA_TRY(check_number("batch", o->batch, 1, most_batch));
     SIDA_TRY(check_number("queue", o->queue, 1, most_queue));
     SIDA_TRY(check_number("max-tokens", o->max_tokens, 2, most_tokens));
@@ -117,41 +126,87 @@ static size_t predictor_bytes(const sida_engine *engine) {
     return engine->source && counts ? engine->source->info.bytes : 0;
 }
 
-static sida_status divide_memory(sida_engine *engine, const sida_budget *budget) {
+/* What driver and libraries take now, and may take yet. */
+static sida_status measure_driver(sida_engine *engine) {
+    size_t overhead;
+    sida_status status = sida_backend_measure_overhead(engine->backend, &overhead);
+    if (status != SIDA_OK) return status;
+    size_t reserve = engine->backend->table->driver_used ? driver_reserve_bytes : 0;
+    if (engine->needs.driver_bytes < overhead + reserve)
+        engine->needs.driver_bytes = overhead + reserve;
+    return SIDA_OK;
+}
+
+/* The slots that the needs leave, and whether that is everybody. Then there is no store, but a
+ * table of pointers, and room for that is needed as well. */
+static sida_status count_slots(sida_engine *engine, size_t *cap_bytes) {
+    sida_engine_facts *facts = &engine->facts;
+    sida_budget_needs needs = engine->needs;
+    needs.workspace_bytes += (size_t)needs.experts * sizeof(void *);
+    sida_status status = sida_budget_slots(&facts->slots, cap_bytes, &engine->budget, &needs);
+    facts->resident = status == SIDA_OK && facts->slots >= needs.experts;
+    if (facts->resident) {
+        engine->needs = needs;
+        return SIDA_OK;
+    }
+    return sida_budget_slots(&facts->slots, cap_bytes, &engine->budget, &engine->needs);
+}
+
+/* What is on the device is measured, not estimated: the cap is enforced to the byte. */
+static sida_status divide_memory(sida_engine *engine) {
     const sida_engine_options *o = &engine->options;
     const sida_model_info *info = sida_model_get_info(engine->model);
     sida_memory_usage before, after;
     sida_status status = SIDA_OK;
-    sida_backend_memory(engine->backend, &before);
+    size_t cap_bytes;
     const sida_run_limits limits = {.sequences = o->batch,
                                     .input_tokens = (int64_t)o->batch * o->max_tokens,
                                     .step_tokens = o->batch,
                                     .decoder_positions = o->max_new_tokens};
-    /* What is on the device is measured, not estimated: the cap is enforced to the byte. */
-    size_t workspace_bytes = sida_run_bytes(engine->model, &limits);
-    sida_budget_needs needs = {
+    sida_backend_memory(engine->backend, &before);
+    engine->needs = (sida_budget_needs){
         .experts = (int64_t)info->sites * info->experts,
         .slot_bytes = sida_store_slot_bytes(info->expert_bytes),
         .dense_bytes = before.used_bytes,
-        .workspace_bytes = workspace_bytes,
+        .workspace_bytes = sida_run_bytes(engine->model, &limits),
         .predictor_bytes = predictor_bytes(engine),
     };
-    size_t cap_bytes;
-    int32_t slots;
-    SIDA_TRY(sida_budget_slots(&slots, &cap_bytes, budget, &needs));
-    SIDA_TRY(sida_backend_set_cap(engine->backend, cap_bytes));
+    /* Twice: before the workspace is taken, and when it has shown what the libraries want. */
+    SIDA_TRY(measure_driver(engine));
+    SIDA_TRY(count_slots(engine, &cap_bytes));
     SIDA_TRY(sida_run_create(&engine->run, engine->model, &limits));
     sida_backend_memory(engine->backend, &after);
-    engine->facts = (sida_engine_facts){
-        .experts = (int32_t)needs.experts,
-        .slots = slots,
-        .slot_bytes = needs.slot_bytes,
-        .dense_bytes = needs.dense_bytes,
-        .workspace_bytes = after.used_bytes - before.used_bytes,
-        .predictor_bytes = needs.predictor_bytes,
-        .cap_bytes = cap_bytes,
-        .device = engine->backend->table->name,
-    };
+    engine->needs.workspace_bytes = after.used_bytes - before.used_bytes;
+    SIDA_TRY(measure_driver(engine));
+    SIDA_TRY(count_slots(engine, &cap_bytes));
+    SIDA_TRY(sida_backend_set_cap(engine->backend, cap_bytes));
+    if (engine->budget.kind == SIDA_BUDGET_BYTES)
+        SIDA_TRY(sida_backend_set_overhead(engine->backend, engine->needs.driver_bytes));
+    if (engine->facts.resident) SIDA_TRY(sida_resident_create(&engine->resident, engine->model));
+    engine->facts.experts = (int32_t)engine->needs.experts;
+    engine->facts.slot_bytes = engine->needs.slot_bytes;
+    engine->facts.dense_bytes = engine->needs.dense_bytes;
+    engine->facts.workspace_bytes = engine->needs.workspace_bytes;
+    engine->facts.predictor_bytes = engine->needs.predictor_bytes;
+    engine->facts.driver_bytes = engine->needs.driver_bytes;
+    engine->facts.cap_bytes = cap_bytes;
+    engine->facts.device = engine->backend->table->name;
+out:
+    return status;
+}
+
+/* A later job under a size, when the libraries have taken more than was set aside: fewer slots. */
+static sida_status divide_again(sida_engine *engine) {
+    sida_status status = SIDA_OK;
+    sida_memory_usage usage;
+    size_t cap_bytes;
+    if (engine->budget.kind != SIDA_BUDGET_BYTES || engine->resident) return SIDA_OK;
+    SIDA_TRY(sida_backend_sample(engine->backend));
+    sida_backend_memory(engine->backend, &usage);
+    if (usage.overhead_bytes <= engine->needs.driver_bytes) goto out;
+    engine->needs.driver_bytes = usage.overhead_bytes;
+    SIDA_TRY(count_slots(engine, &cap_bytes));
+    engine->facts.driver_bytes = usage.overhead_bytes;
 out:
     return status;
 }
@@ -159,17 +214,16 @@ out:
 sida_status sida_engine_open(sida_engine **out, const sida_engine_options *options) {
     *out = NULL;
     char *path = NULL;
-    sida_budget budget;
     sida_engine *engine;
     sida_status status = SIDA_ALLOC(&engine, 1, "an engine");
     if (status != SIDA_OK) return status;
-    SIDA_TRY(check_options(engine, options, &budget));
+    SIDA_TRY(check_options(engine, options));
     SIDA_TRY(sida_backend_create_named(&engine->backend, options->device));
     SIDA_TRY(sida_path_join(&path, options->model, "spiece.model"));
     SIDA_TRY(sida_tokenizer_open(&engine->tokenizer, path));
     SIDA_TRY(sida_model_open(&engine->model, engine->backend, options->model));
     SIDA_TRY(open_predictor(engine));
-    SIDA_TRY(divide_memory(engine, &budget));
+    SIDA_TRY(divide_memory(engine));
     /* The caller's strings end here. */
     engine->options.model = engine->options.predictor = engine->options.device = NULL;
     engine->options.budget = engine->options.policy = engine->options.routing = NULL;
@@ -185,6 +239,7 @@ void sida_engine_close(sida_engine *engine) {
     if (!engine) return;
     sida_hash_source_destroy(engine->source);
     sida_run_destroy(engine->run);
+    sida_resident_destroy(engine->resident);
     sida_model_destroy(engine->model);
     sida_tokenizer_destroy(engine->tokenizer);
     sida_backend_destroy(engine->backend);
@@ -212,6 +267,7 @@ typedef struct job {
     sida_corpus *corpus;
     sida_batcher *batcher;
     _Atomic double read; /* share of the file; the hash thread writes it */
+    double sampled;      /* when the driver was last asked */
 } job;
 
 static sida_status next_batch(void *context, sida_batch **out) {
@@ -264,6 +320,10 @@ static sida_status on_batch(void *context, const sida_pass_batch *done) {
         j->tokens += done->counts[s];
     }
     j->tokens += sida_ragged_tokens(input);
+    if (done->batch->index == 0 || sida_clock_seconds() - j->sampled > sample_interval_s) {
+        SIDA_TRY(sida_backend_sample(j->engine->backend));
+        j->sampled = sida_clock_seconds();
+    }
     if (!j->options->on_progress) goto out;
     double fraction = j->read;
     if (j->pass > 0)
@@ -303,6 +363,7 @@ static sida_status run_pass(job *j, sida_pass_stats *stats, sida_routing routing
                                       .prefetch = !o->no_prefetch,
                                       .digest = j->options->digest && j->pass == 0,
                                       .policy = engine->policy,
+                                      .resident = engine->resident,
                                       .max_new_tokens = o->max_new_tokens,
                                       .next = next_batch,
                                       .next_context = j,
@@ -342,6 +403,8 @@ static void fill_report(sida_report *out, const job *j, sida_pass_stats *stats) 
         .latency_ms_p90 = sida_percentile(stats->latencies_ms, batches, 90),
         .latency_ms_p99 = sida_percentile(stats->latencies_ms, batches, 99),
         .device_bytes_peak = usage.peak_bytes,
+        .driver_bytes_peak = usage.driver_peak_bytes,
+        .driver_alone = usage.driver_alone,
         .experts_resident = store->resident,
         .experts_resident_peak = store->peak_resident,
         .hits = store->hits,
@@ -355,7 +418,23 @@ static void fill_report(sida_report *out, const job *j, sida_pass_stats *stats) 
         .wait_ms_inference = stats->inference_wait_seconds * 1e3,
         .wait_ms_hash = stats->hash_wait_seconds * 1e3,
     };
+    if (j->engine->resident) {
+        out->experts_resident = out->experts_resident_peak = j->engine->facts.experts;
+        out->hit_rate = NAN;
+    }
     if (j->options->digest) sida_fingerprint_format(out->digest, stats->digest);
+}
+
+/* The driver does not ask us: what it took cannot be refused, but said. */
+static void check_driver(const sida_engine *engine) {
+    sida_memory_usage usage;
+    sida_backend_memory(engine->backend, &usage);
+    if (engine->budget.kind == SIDA_BUDGET_BYTES && usage.driver_peak_bytes > usage.cap_bytes)
+        sida_log(SIDA_LOG_WARNING,
+                 "the driver says %zu bytes at peak, %zu above the budget: it and its libraries "
+                 "took more than the %zu set aside for them%s",
+                 usage.driver_peak_bytes, usage.driver_peak_bytes - usage.cap_bytes,
+                 engine->needs.driver_bytes, usage.driver_alone ? "" : ", or another program did");
 }
 
 /* Sets the run beside the full model. */
@@ -382,6 +461,7 @@ static sida_status run_job(sida_engine *engine, const sida_job *options, sida_re
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "format '%.40s': expected %s",
                   options->format ? options->format : "", sida_corpus_format_names());
     SIDA_TRY(check_number("limit", options->limit, 0, INT64_MAX));
+    SIDA_TRY(divide_again(engine));
     bool exact = engine->routing == SIDA_ROUTING_EXACT;
     if (!exact && !options->no_compare) j.passes = 2;
     SIDA_TRY(run_pass(&j, &stats, engine->routing));
@@ -397,6 +477,7 @@ static sida_status run_job(sida_engine *engine, const sida_job *options, sida_re
         SIDA_TRY(run_pass(&j, &full, SIDA_ROUTING_EXACT));
         compare_scores(out, &j);
     }
+    check_driver(engine);
 out:
     for (size_t i = 0; i < j.answers_count; i++) free(j.answers[i]);
     free(j.answers);

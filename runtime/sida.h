@@ -69,8 +69,9 @@ typedef struct sida_engine_options {
     const char *predictor; /* P.h5 of `sida train`; NULL: experts are loaded on demand only */
     const char *device;    /* "cpu", "cuda", or "auto" (NULL too): cuda where a GPU is present */
     /* Device memory for experts: "20%" of all experts, "12-experts", or a size such as "2GiB" that
-     * caps everything that this library allocates on the device (with cuda, the driver's context
-     * and cuBLAS's own memory come on top of it). NULL: all experts. */
+     * caps everything that this process takes of the device: with cuda the driver's context and the
+     * libraries' own memory too, measured, with a reserve for what they load later. NULL: all
+     * experts. */
     const char *budget;
     const char *policy;  /* "lookahead", "lru", "fifo": which expert gives way */
     const char *routing; /* "exact": the router decides, output never changes; "guided": the best of
@@ -102,11 +103,13 @@ SIDA_API void sida_engine_close(sida_engine *engine); /* takes NULL */
 typedef struct sida_engine_facts {
     int32_t experts;          /* of the whole model, all layers */
     int32_t slots;            /* experts that fit on the device */
+    bool resident;            /* all of them do: they are there before the first job */
     uint64_t slot_bytes;      /* one of them */
     uint64_t dense_bytes;     /* weights that are always there */
     uint64_t workspace_bytes; /* activations and caches */
     uint64_t predictor_bytes; /* on the device: 0 with cuda, where the host predicts */
-    uint64_t cap_bytes;       /* on all of it, enforced */
+    uint64_t driver_bytes;    /* context and libraries, as measured, and the reserve; cpu: 0 */
+    uint64_t cap_bytes;       /* enforced; driver_bytes are in it where the budget is a size */
     const char *device;       /* "cpu", "cuda" */
 } sida_engine_facts;
 SIDA_API void sida_engine_get_facts(const sida_engine *engine, sida_engine_facts *out);
@@ -151,10 +154,14 @@ typedef struct sida_report {
     double allowed_share[2]; /* guided: mean share of experts allowed; encoder, decoder */
     double seconds, tokens_per_s;                          /* input and generated tokens */
     double latency_ms_p50, latency_ms_p90, latency_ms_p99; /* a batch */
-    uint64_t device_bytes_peak;
+    uint64_t device_bytes_peak;                            /* in our buffers */
+    uint64_t driver_bytes_peak; /* what the driver says that this process took, sampled */
+    bool driver_alone;          /* false: other programs' use is in it, since NVML is not there */
     int32_t experts_resident, experts_resident_peak;
-    int64_t hits, late_prefetches, demand_loads; /* of the experts that layers needed */
-    double hit_rate;                             /* hits / all three; NAN when nothing was needed */
+    /* Of the experts that layers needed; all of these are 0 where all experts are resident: the
+     * device does not tell the host what it needed. */
+    int64_t hits, late_prefetches, demand_loads;
+    double hit_rate; /* hits / all three; NAN when nothing was needed */
     int64_t prefetch_loads, dropped_prefetches;
     int64_t bytes_moved, bytes_wasted; /* host to device; prefetched for nothing */
     double wait_ms_inference, wait_ms_hash;

@@ -38,13 +38,16 @@ typedef struct tracer {
     size_t decoder_capacity;
 } tracer;
 
-/* The options that decide the trace's bytes, in a fixed order. */
-static sida_status describe_options(char **out, const sida_tracer_options *o) {
+/* What decides the trace's bytes, in a fixed order. Another device than the CPU rounds otherwise: a
+ * trace begun on one is not resumed on the other. */
+static sida_status describe_options(char **out, const sida_tracer_options *o, const char *device) {
     json_t *json = json_pack("{s:s, s:i, s:i, s:i, s:b, s:i, s:I, s:I}", "format",
                              sida_corpus_format_name(o->format), "top", (int)o->top, "batch",
                              (int)o->batch, "max_tokens", (int)o->max_tokens, "truncate",
                              (int)o->truncate, "generate", (int)o->generate, "limit",
                              (json_int_t)o->limit, "part_tokens", (json_int_t)o->part_tokens);
+    if (json && strcmp(device, "cpu") != 0)
+        json_object_set_new(json, "device", json_string(device));
     *out = json ? json_dumps(json, JSON_COMPACT) : NULL;
     json_decref(json);
     return *out ? SIDA_OK : sida_fail(SIDA_ERROR_MEMORY, "out of memory describing the options");
@@ -67,7 +70,7 @@ static sida_status fill_header(tracer *t) {
                   info->top_k);
     SIDA_TRY(sida_fingerprint_of_file(&h->input, t->options->input));
     SIDA_TRY(sida_strdup(&h->family, info->family));
-    SIDA_TRY(describe_options(&h->options, t->options));
+    SIDA_TRY(describe_options(&h->options, t->options, t->backend->table->name));
     h->config = json_dumps(sida_checkpoint_config(sida_model_checkpoint(t->model)), JSON_COMPACT);
     if (!h->config) SIDA_FAIL(SIDA_ERROR_MEMORY, "out of memory copying the configuration");
 out:
@@ -83,7 +86,8 @@ static sida_status open_all(tracer *t) {
     SIDA_TRY(sida_corpus_open(&t->corpus, o->format, o->input));
     SIDA_TRY(sida_path_join(&spiece, o->model, "spiece.model"));
     SIDA_TRY(sida_tokenizer_open(&t->tokenizer, spiece));
-    SIDA_TRY(sida_backend_create_cpu(&t->backend, NULL));
+    SIDA_TRY(sida_backend_create_named(&t->backend, o->device));
+    t->report->device = t->backend->table->name;
     SIDA_TRY(sida_model_open(&t->model, t->backend, o->model));
     t->info = sida_model_get_info(t->model);
     if (t->info->moe_layers[0] + t->info->moe_layers[1] == 0)

@@ -15,6 +15,7 @@
 
 typedef struct sida_tracer_options {
     const char *model, *input, *output; /* a Hugging Face directory, the corpus, the trace */
+    const char *device; /* "cpu", "cuda", or "auto" (NULL too): cuda where a GPU is present */
     sida_corpus_format format;
     int32_t top;         /* T: log-probabilities kept a token and layer; E when larger */
     int32_t batch;       /* sequences a batch */
@@ -31,14 +32,18 @@ typedef struct sida_tracer_options {
 } sida_tracer_options;
 
 #define SIDA_TRACER_OPTIONS_INIT                                                                   \
-    { .top = 30, .batch = 16, .max_tokens = 512, .generate = 16, .part_tokens = 65536 }
+    {                                                                                              \
+        .device = "auto", .top = 30, .batch = 16, .max_tokens = 512, .generate = 16,               \
+        .part_tokens = 65536                                                                       \
+    }
 
 typedef struct sida_tracer_report {
     int64_t sequences, tokens[2]; /* in the trace; encoder, decoder */
     int64_t new_tokens;           /* run through the model by this call, both sides */
     int32_t parts, parts_reused;
-    double seconds; /* forward and writing, without loading and merging */
-    int64_t bytes;  /* of the trace */
+    double seconds;     /* forward and writing, without loading and merging */
+    const char *device; /* "cpu", "cuda" */
+    int64_t bytes;      /* of the trace */
 } sida_tracer_report;
 
 /* Errors: as the readers and the model give them; MISMATCH when parts of another input, model or

@@ -179,6 +179,19 @@ run 'unknown routing' 2 "routing 'random': expected" --budget 20% --routing rand
 run 'guided without a predictor' 2 'guided needs a predictor' --budget 20% --routing guided
 run 'queue of none' 2 '--queue' --budget 20% --queue 0
 run 'unknown device' 2 "device 'tpu'" --budget 20% --device tpu
+# Without a GPU, a driver, or CUDA in the build; an empty list of devices hides those that are there.
+run_hidden() { # run_hidden NAME COMMAND...
+    name=$1
+    shift
+    refuses "$name" 1 'device cuda: .*use --device cpu' env CUDA_VISIBLE_DEVICES= "$@" --device cuda
+}
+run_hidden 'no GPU: run' "$sida" run --model "$sample" --format sst2 --input "$reviews" --limit 2
+run_hidden 'no GPU: generate' "$sida" generate --model "$sample" --input "$reviews"
+run_hidden 'no GPU: trace' $sida_trace --model "$sample" --format sst2 --input "$reviews"
+run_hidden 'no GPU: bench' "$sida" bench --model "$sample" --runs 1 --warmup 1 --lengths 4
+run_hidden 'no GPU: doctor' "$sida" doctor
+run 'budget without room for slots' 1 'dense weights .* workspace .* predictor .* driver and libraries .* 2 slots of' --device cpu --budget 8MiB
+refuses 'unknown device to trace on' 1 "device 'tpu'" $sida_trace --model "$sample" --format sst2 --input "$reviews" --device tpu
 refuses 'generate: no input' 1 'none.txt: No such file' "$sida" generate --model "$sample" --input "$work/none.txt"
 refuses 'inspect: nothing there' 1 'none: ' "$sida" inspect "$work/none"
 finish

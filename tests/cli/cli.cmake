@@ -7,3 +7,5 @@ endfunction()
 
 sida_cli_test(bad_input)
 sida_cli_test(bench)
+sida_cli_test(bench_report)
+sida_cli_test(device)

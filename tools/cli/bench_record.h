@@ -1,10 +1,8 @@
-/* Which experts a model's routers chose for a benchmark's batches, recorded in a first pass, and an
- * oracle that hands the record out as predictions. */
+/* Which experts a model's routers chose for a benchmark's batches, recorded in a first pass. */
 #ifndef SIDA_TOOLS_CLI_BENCH_RECORD_H
 #define SIDA_TOOLS_CLI_BENCH_RECORD_H
 
 #include "runtime/model/model.h"
-#include "runtime/predictor/hash_source.h"
 
 /* A batch is one encoder pass over `input` and one decoder step of one token a sequence. */
 typedef struct sida_bench_batch {
@@ -12,7 +10,6 @@ typedef struct sida_bench_batch {
     int64_t *offsets;
     int32_t *ids;
     uint16_t *experts[2]; /* [tokens of the side, MoE layers of the side, k] */
-    int64_t touched;      /* distinct experts computed with, over all sites */
 } sida_bench_batch;
 
 typedef struct sida_bench_record {
@@ -21,7 +18,12 @@ typedef struct sida_bench_record {
     int32_t count, sequences, length;
     int32_t current; /* the batch whose routing is being recorded */
     int64_t *chosen; /* [sites, E] tokens that chose an expert */
-    uint8_t *seen;   /* [E] */
+    /* Distinct experts computed with, by their global ids: of batch b and site s they are
+     * needs[start[i]] … needs[start[i + 1] - 1], i = b * sites + s. */
+    int64_t *start; /* [count * sites + 1] */
+    int32_t *needs;
+    size_t needs_capacity;
+    uint8_t *seen; /* [E] */
 } sida_bench_record;
 
 /* `count` batches of `sequences` sequences of `length` ids, uniform in [3, 32000) and below the
@@ -36,10 +38,10 @@ sida_status sida_bench_record_observe(void *context, const sida_moe_call *call);
 /* The share of tokens that the most popular expert of an encoder layer takes, mean over the
  * layers. */
 double sida_bench_record_top_share(const sida_bench_record *record);
-/* Mean over batches [first, count). */
-double sida_bench_record_touched(const sida_bench_record *record, int32_t first);
+/* Distinct experts computed with, over all sites, mean over batches [first, end). */
+double sida_bench_record_touched(const sida_bench_record *record, int32_t first, int32_t end);
 
-/* Knows a batch by its ids. The record is borrowed and must be complete. k is the model's own. */
-sida_status sida_bench_oracle_create(sida_hash_source **out, const sida_bench_record *record);
+/* Tokens of all sequences of a batch on a side. */
+int64_t sida_bench_record_tokens(const sida_bench_record *record, int side);
 
 #endif

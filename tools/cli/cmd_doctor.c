@@ -10,11 +10,12 @@
 #include "tools/cli/measure.h"
 
 #include <cblas.h>
+#include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/resource.h>
 
-enum { KEY_DEVICE = 0x100 };
+enum { KEY_DEVICE = 0x100, PIN_BYTES = 256 << 20 };
 
 typedef struct options {
     const char *device;
@@ -49,14 +50,65 @@ static json_t *cuda_version(int version) {
     return json_string(text);
 }
 
+/* 90 as "9.0". */
+static json_t *capability_of(int32_t code) {
+    char text[32];
+    if (code <= 0) return json_null();
+    snprintf(text, sizeof text, "%d.%d", code / 10, code % 10);
+    return json_string(text);
+}
+
 static json_t *describe_gpu(const sida_device_info *info) {
     char capability[32];
     snprintf(capability, sizeof capability, "%d.%d", info->capability[0], info->capability[1]);
-    return json_pack("{s:s, s:I, s:I, s:s, s:i, s:o, s:o}", "name", info->name, "memory_bytes",
-                     (json_int_t)info->total_bytes, "free_bytes", (json_int_t)info->free_bytes,
-                     "compute_capability", capability, "multiprocessors", info->processors,
-                     "driver_cuda", cuda_version(info->driver), "runtime_cuda",
-                     cuda_version(info->runtime));
+    return json_pack("{s:s, s:I, s:I, s:s, s:o, s:o, s:i, s:o, s:o, s:s*}", "name", info->name,
+                     "memory_bytes", (json_int_t)info->total_bytes, "free_bytes",
+                     (json_int_t)info->free_bytes, "compute_capability", capability, "code",
+                     capability_of(info->code), "ptx", capability_of(info->ptx), "multiprocessors",
+                     info->processors, "driver_cuda", cuda_version(info->driver), "runtime_cuda",
+                     cuda_version(info->runtime), "driver_release",
+                     info->driver_release[0] ? info->driver_release : NULL);
+}
+
+#ifdef SIDA_HAVE_CUDA
+/* A function pointer from dlsym's object pointer, as POSIX has it. */
+static bool find(void *from, void *function, const char *name) {
+    void *symbol = from ? dlsym(from, name) : NULL;
+    memcpy(function, &symbol, sizeof symbol);
+    return symbol != NULL;
+}
+
+/* "13.1.0.3", once it has been loaded as the ops do. */
+static json_t *cublas_version(void) {
+    const sida_cublas *functions;
+    int (*property)(int which, int *value);
+    int v[3] = {0};
+    char name[32], text[64];
+    if (sida_cublas_load(&functions) != SIDA_OK) return json_string(sida_last_message());
+    snprintf(name, sizeof name, "libcublas.so.%d", CUBLAS_VER_MAJOR);
+    void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
+    if (!find(library, &property, "cublasGetProperty")) return json_string("loads");
+    for (int i = 0; i < 3; i++) property(i, &v[i]); /* libraryPropertyType: major, minor, patch */
+    snprintf(text, sizeof text, "%d.%d.%d", v[0], v[1], v[2]);
+    dlclose(library);
+    return json_string(text);
+}
+#endif
+
+/* Not used so far; version 9 numbers itself 10000 * major + 100 * minor + patch, 8 by thousands. */
+static json_t *cudnn_version(void) {
+    static const char *const names[] = {"libcudnn.so.9", "libcudnn.so.8"};
+    json_t *answer = json_null();
+    for (int i = 0; i < 2 && json_is_null(answer); i++) {
+        void *library = dlopen(names[i], RTLD_LAZY | RTLD_LOCAL);
+        size_t (*version)(void) = NULL;
+        void *symbol = library ? dlsym(library, "cudnnGetVersion") : NULL;
+        memcpy(&version, &symbol, sizeof symbol);
+        size_t v = version ? version() : 0, major = i == 0 ? 10000 : 1000;
+        if (v > 0) answer = json_sprintf("%zu.%zu.%zu", v / major, v % major / 100, v % 100);
+        if (library) dlclose(library);
+    }
+    return answer;
 }
 
 /* Every GPU that opens, and in words why there is none, or no more. */
@@ -75,14 +127,13 @@ static json_t *describe_cuda(void) {
         if (status != SIDA_OK) break;
     }
 #ifdef SIDA_HAVE_CUDA
-    const sida_cublas *functions;
-    bool loads = sida_cublas_load(&functions) == SIDA_OK;
     json_object_set_new(all, "built", json_true());
-    json_object_set_new(all, "cublas", json_string(loads ? "loads" : sida_last_message()));
+    json_object_set_new(all, "cublas", cublas_version());
 #else
     json_object_set_new(all, "built", json_false());
     json_object_set_new(all, "cublas", json_null());
 #endif
+    json_object_set_new(all, "cudnn", cudnn_version());
     json_object_set_new(all, "problem", problem);
     json_object_set_new(all, "devices", devices);
     return all;
@@ -116,6 +167,41 @@ out:
     return status;
 }
 
+/* Whether the system lets this process pin as much as an ordinary model needs at once; nothing to
+ * ask on the CPU. */
+static sida_status try_pinning(json_t *to, sida_backend *backend, bool cuda) {
+    sida_buffer *buffer = NULL;
+    sida_status status = SIDA_OK;
+    if (!cuda) return json_object_set_new(to, "pinning", json_null()), SIDA_OK;
+    status = sida_buffer_create(backend, &buffer, SIDA_MEMORY_HOST, PIN_BYTES, "pinned memory");
+    if (status != SIDA_OK) return status;
+    json_object_set_new(to, "pinning", json_boolean(buffer->pinned));
+    sida_buffer_destroy(buffer);
+    return SIDA_OK;
+}
+
+/* What `sida run` on this device would compute with. */
+static void describe_use(json_t *to, sida_backend *backend, bool cuda) {
+    char forward[160], predictor[80];
+    const char *kernels = sida_cpu_kernels_get()->name;
+    sida_device_info info;
+    if (sida_backend_describe(backend, &info) != SIDA_OK) info = (sida_device_info){0};
+    snprintf(predictor, sizeof predictor, "on the host, %s kernels", kernels);
+    if (!cuda)
+        snprintf(forward, sizeof forward, "%s kernels and OpenBLAS on %d threads", kernels,
+                 sida_ops_threads());
+    else if (info.code == info.capability[0] * 10 + info.capability[1])
+        snprintf(forward, sizeof forward, "own kernels for compute capability %d.%d, and cuBLAS",
+                 info.code / 10, info.code % 10);
+    else
+        snprintf(forward, sizeof forward,
+                 "own kernels of compute capability %d.%d (the device has %d.%d), and cuBLAS",
+                 info.code / 10, info.code % 10, info.capability[0], info.capability[1]);
+    json_object_set_new(to, "use",
+                        json_pack("{s:s, s:s, s:s}", "device", info.name, "forward", forward,
+                                  "predictor", predictor));
+}
+
 static sida_status measure(json_t *to, const char *device) {
     static const int sizes_mib[] = {1, 4, 18, 64};
     sida_status status = SIDA_OK;
@@ -125,6 +211,8 @@ static sida_status measure(json_t *to, const char *device) {
     SIDA_TRY(sida_backend_create_named(&backend, device));
     bool cuda = strcmp(backend->table->name, "cuda") == 0;
     json_object_set_new(to, "device", json_string(backend->table->name));
+    describe_use(to, backend, cuda);
+    SIDA_TRY(try_pinning(to, backend, cuda));
     for (size_t i = 0; i < sizeof sizes_mib / sizeof *sizes_mib; i++) {
         size_t bytes = (size_t)sizes_mib[i] << 20;
         SIDA_TRY(sida_measure_copy(&rate, backend, SIDA_COPY_PINNED, bytes));
@@ -137,6 +225,9 @@ static sida_status measure(json_t *to, const char *device) {
         SIDA_TRY(status);
     }
     SIDA_TRY(sida_measure_memory(&memory, backend));
+    sida_memory_usage usage;
+    sida_backend_memory(backend, &usage);
+    json_object_set_new(to, "nvml", cuda ? json_boolean(usage.driver_alone) : json_null());
     json_object_set(to, "link", link);
     json_object_set_new(to, "memory_gb_per_s", json_real(memory / 1e9));
 out:
@@ -162,14 +253,22 @@ static void print_gpus(const json_t *cuda, double gib) {
                "gpu", text_of(gpu, "name"), number(gpu, "memory_bytes") * gib,
                number(gpu, "free_bytes") * gib, text_of(gpu, "compute_capability"),
                number(gpu, "multiprocessors"));
+        printf("%-18s compiled for %s, PTX for %s\n", "its kernels", text_of(gpu, "code"),
+               text_of(gpu, "ptx"));
         if (i == 0)
-            printf("%-18s the driver knows %s, this program uses %s\n", "cuda",
-                   text_of(gpu, "driver_cuda"), text_of(gpu, "runtime_cuda"));
+            printf("%-18s release %s knows %s, this program uses %s\n", "cuda driver",
+                   text_of(gpu, "driver_release"), text_of(gpu, "driver_cuda"),
+                   text_of(gpu, "runtime_cuda"));
     }
     const json_t *problem = json_object_get(cuda, "problem");
     if (json_is_string(problem)) printf("%-18s %s\n", "gpu", json_string_value(problem));
     if (json_is_true(json_object_get(cuda, "built")))
         printf("%-18s %s\n", "cublas", text_of(cuda, "cublas"));
+    else
+        printf("%-18s not built in\n", "cuda");
+    printf("%-18s %s\n", "cudnn",
+           json_is_string(json_object_get(cuda, "cudnn")) ? text_of(cuda, "cudnn")
+                                                          : "not there (not needed)");
 }
 
 static void print_plain(const json_t *all) {
@@ -192,7 +291,22 @@ static void print_plain(const json_t *all) {
                json_number_value(lock) * gib);
     printf("%-18s %s\n", "openblas", text_of(libraries, "openblas"));
     printf("%-18s %s\n", "hdf5", text_of(libraries, "hdf5"));
-    printf("%-18s --device %s is %s\n", "used", text_of(all, "asked"), text_of(all, "device"));
+    const json_t *use = json_object_get(all, "use"), *pinning = json_object_get(all, "pinning");
+    const json_t *nvml = json_object_get(all, "nvml");
+    if (json_is_boolean(nvml))
+        printf("%-18s %s\n", "nvml",
+               json_is_true(nvml) ? "tells what other programs have on the device"
+                                  : "not there: other programs' device memory counts as ours");
+    if (json_is_boolean(pinning))
+        printf(
+            "%-18s %s\n", "pinned memory",
+            json_is_true(pinning)
+                ? "works (256 MiB tried)"
+                : "refused (256 MiB tried): copies are slower and do not run beside computation");
+    printf("%-18s --device %s is %s: %s\n", "used", text_of(all, "asked"), text_of(all, "device"),
+           text_of(use, "device"));
+    printf("%-18s %s\n", "model", text_of(use, "forward"));
+    printf("%-18s %s\n", "predictor", text_of(use, "predictor"));
     json_array_foreach(json_object_get(all, "link"), i, row) {
         printf("%-18s %2.0f MiB: %.1f GB/s", i == 0 ? "host to device" : "", number(row, "mib"),
                number(row, "pinned_gb_per_s"));

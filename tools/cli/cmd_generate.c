@@ -7,6 +7,7 @@
 #include "runtime/backend/backend.h"
 #include "runtime/model/model.h"
 #include "tools/cli/cli.h"
+#include "tools/cli/measure.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -94,6 +95,7 @@ typedef struct session {
     json_t *answers; /* --json */
     int64_t sequences, input_tokens, new_tokens;
     double encode_seconds, generate_seconds;
+    double sampled; /* when the driver was last asked what is in use */
 } session;
 
 static sida_status session_open(session *s) {
@@ -182,6 +184,11 @@ static sida_status answer(session *s, const sida_batch *batch) {
     s->encode_seconds += encoded - begin;
     s->sequences += batch->input.sequences;
     s->input_tokens += sida_ragged_tokens(&batch->input);
+    /* Between batches, and not every time: asking takes a while. */
+    if (s->sequences == batch->input.sequences || encoded - s->sampled > 0.1) {
+        SIDA_TRY(sida_backend_sample(s->backend));
+        s->sampled = encoded;
+    }
     SIDA_TRY(print_answers(s, batch));
 out:
     return status;
@@ -190,13 +197,26 @@ out:
 static json_t *report(session *s) {
     double seconds = s->encode_seconds + s->generate_seconds;
     json_t *answers = s->answers;
+    sida_memory_usage usage;
+    sida_backend_memory(s->backend, &usage);
     s->answers = NULL;
-    return json_pack("{s:I, s:I, s:I, s:f, s:f, s:f, s:o}", "sequences", (json_int_t)s->sequences,
-                     "input_tokens", (json_int_t)s->input_tokens, "new_tokens",
-                     (json_int_t)s->new_tokens, "encode_s", s->encode_seconds, "generate_s",
-                     s->generate_seconds, "tokens_per_s",
-                     seconds > 0 ? (double)(s->input_tokens + s->new_tokens) / seconds : 0.0,
-                     "answers", answers);
+    return json_pack(
+        "{s:I, s:I, s:I, s:f, s:f, s:f, s:s, s:I, s:I, s:b, s:o}", "sequences",
+        (json_int_t)s->sequences, "input_tokens", (json_int_t)s->input_tokens, "new_tokens",
+        (json_int_t)s->new_tokens, "encode_s", s->encode_seconds, "generate_s", s->generate_seconds,
+        "tokens_per_s", seconds > 0 ? (double)(s->input_tokens + s->new_tokens) / seconds : 0.0,
+        "device", s->backend->table->name, "device_bytes_peak", (json_int_t)usage.peak_bytes,
+        "driver_bytes_peak", (json_int_t)usage.driver_peak_bytes, "driver_alone",
+        usage.driver_alone, "answers", answers);
+}
+
+/* On stderr: stdout is for the answers. */
+static void print_memory(session *s) {
+    sida_memory_usage usage;
+    char peak[160];
+    sida_backend_memory(s->backend, &usage);
+    fprintf(stderr, "device memory: %s, %s\n", s->backend->table->name,
+            sida_format_peak(peak, usage.driver_peak_bytes, usage.peak_bytes, usage.driver_alone));
 }
 
 static sida_status generate(session *s) {
@@ -211,7 +231,10 @@ static sida_status generate(session *s) {
         batch = NULL;
         if (sida_cli_interrupted()) SIDA_FAIL(SIDA_ERROR_CANCELLED, "interrupted");
     }
-    if (s->answers) SIDA_TRY(sida_cli_print_json(report(s)));
+    if (s->answers)
+        SIDA_TRY(sida_cli_print_json(report(s)));
+    else
+        print_memory(s);
     SIDA_TRY(sida_cli_flush());
 out:
     sida_batch_destroy(batch);

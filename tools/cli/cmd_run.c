@@ -2,6 +2,7 @@
 #include "formats/base/file.h"
 #include "runtime/sida.h"
 #include "tools/cli/cli.h"
+#include "tools/cli/measure.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -209,10 +210,11 @@ static json_t *number(double value) {
 
 static json_t *report_json(const options *o, const sida_engine_facts *f, const sida_report *r) {
     json_t *budget = json_pack(
-        "{s:s, s:I, s:I, s:I, s:I, s:I}", "asked", o->engine.budget ? o->engine.budget : "100%",
-        "cap_bytes", (json_int_t)f->cap_bytes, "dense_bytes", (json_int_t)f->dense_bytes,
-        "workspace_bytes", (json_int_t)f->workspace_bytes, "predictor_bytes",
-        (json_int_t)f->predictor_bytes, "slot_bytes", (json_int_t)f->slot_bytes);
+        "{s:s, s:I, s:I, s:I, s:I, s:I, s:I}", "asked",
+        o->engine.budget ? o->engine.budget : "100%", "cap_bytes", (json_int_t)f->cap_bytes,
+        "dense_bytes", (json_int_t)f->dense_bytes, "workspace_bytes",
+        (json_int_t)f->workspace_bytes, "predictor_bytes", (json_int_t)f->predictor_bytes,
+        "driver_bytes", (json_int_t)f->driver_bytes, "slot_bytes", (json_int_t)f->slot_bytes);
     json_t *all = json_pack(
         "{s:s, s:o, s:o, s:o, s:I, s:o, s:o}", "routing", o->engine.routing, "score",
         number(r->score), "full_score", number(r->full_score), "fidelity", number(r->fidelity),
@@ -226,9 +228,11 @@ static json_t *report_json(const options *o, const sida_engine_facts *f, const s
                   "seconds", r->seconds, "tokens_per_s", r->tokens_per_s, "latency_ms", "p50",
                   r->latency_ms_p50, "p90", r->latency_ms_p90, "p99", r->latency_ms_p99);
     json_t *memory =
-        json_pack("{s:s, s:I, s:o, s:i, s:i, s:i, s:i}", "device", f->device, "device_bytes_peak",
-                  (json_int_t)r->device_bytes_peak, "budget", budget, "experts", (int)f->experts,
-                  "slots", (int)f->slots, "experts_resident", (int)r->experts_resident,
+        json_pack("{s:s, s:I, s:I, s:b, s:o, s:i, s:i, s:b, s:i, s:i}", "device", f->device,
+                  "device_bytes_peak", (json_int_t)r->device_bytes_peak, "driver_bytes_peak",
+                  (json_int_t)r->driver_bytes_peak, "driver_alone", r->driver_alone, "budget",
+                  budget, "experts", (int)f->experts, "slots", (int)f->slots, "resident",
+                  f->resident, "experts_resident", (int)r->experts_resident,
                   "experts_resident_peak", (int)r->experts_resident_peak);
     json_t *moves = json_pack(
         "{s:s, s:b, s:I, s:I, s:I, s:o, s:I, s:I, s:I, s:I, s:{s:f, s:f}}", "policy",
@@ -255,8 +259,31 @@ static void print_share(const char *name, double value) {
         printf("%-18s %.2f %%\n", name, value * 100);
 }
 
-static void print_table(const options *o, const sida_engine_facts *f, const sida_report *r) {
+/* What the cap is made of; the driver's part counts where the budget is a size. */
+static void print_budget(const sida_engine_facts *f) {
     double mib = 1.0 / (1 << 20);
+    printf("%-18s cap %.2f MiB: %.2f dense + %.2f workspace + %.2f predictor + %d slots of %.3f",
+           "budget", (double)f->cap_bytes * mib, (double)f->dense_bytes * mib,
+           (double)f->workspace_bytes * mib, (double)f->predictor_bytes * mib, f->slots,
+           (double)f->slot_bytes * mib);
+    if (f->driver_bytes > 0) printf("; driver and libraries %.2f", (double)f->driver_bytes * mib);
+    putchar('\n');
+}
+
+static void print_moves(const options *o, const sida_engine_facts *f, const sida_report *r) {
+    double mib = 1.0 / (1 << 20);
+    printf("%-18s %d resident of %d (%d slots, %s)\n", "experts", r->experts_resident, f->experts,
+           f->slots, o->engine.policy);
+    printf("%-18s %" PRId64 " hits, %" PRId64 " late prefetches, %" PRId64 " demand loads\n",
+           "needed", r->hits, r->late_prefetches, r->demand_loads);
+    print_share("hit rate", r->hit_rate);
+    printf("%-18s %" PRId64 " loaded, %" PRId64 " dropped\n", "prefetches", r->prefetch_loads,
+           r->dropped_prefetches);
+    printf("%-18s %.2f MiB, %.2f of it wasted\n", "moved", (double)r->bytes_moved * mib,
+           (double)r->bytes_wasted * mib);
+}
+
+static void print_table(const options *o, const sida_engine_facts *f, const sida_report *r) {
     print_share("score", r->score);
     print_share("full model", r->full_score);
     print_share("fidelity", r->fidelity);
@@ -271,20 +298,14 @@ static void print_table(const options *o, const sida_engine_facts *f, const sida
     printf("%-18s %.1f\n", "tokens/s", r->tokens_per_s);
     printf("%-18s p50 %.2f  p90 %.2f  p99 %.2f ms a batch\n", "latency", r->latency_ms_p50,
            r->latency_ms_p90, r->latency_ms_p99);
-    printf("%-18s %s, %.2f MiB at peak, cap %.2f = %.2f dense + %.2f workspace + %.2f predictor + "
-           "%d slots of %.3f\n",
-           "device", f->device, (double)r->device_bytes_peak * mib, (double)f->cap_bytes * mib,
-           (double)f->dense_bytes * mib, (double)f->workspace_bytes * mib,
-           (double)f->predictor_bytes * mib, f->slots, (double)f->slot_bytes * mib);
-    printf("%-18s %d resident of %d (%d slots, %s)\n", "experts", r->experts_resident, f->experts,
-           f->slots, o->engine.policy);
-    printf("%-18s %" PRId64 " hits, %" PRId64 " late prefetches, %" PRId64 " demand loads\n",
-           "needed", r->hits, r->late_prefetches, r->demand_loads);
-    print_share("hit rate", r->hit_rate);
-    printf("%-18s %" PRId64 " loaded, %" PRId64 " dropped\n", "prefetches", r->prefetch_loads,
-           r->dropped_prefetches);
-    printf("%-18s %.2f MiB, %.2f of it wasted\n", "moved", (double)r->bytes_moved * mib,
-           (double)r->bytes_wasted * mib);
+    char peak[160];
+    printf("%-18s %s, %s\n", "device memory", f->device,
+           sida_format_peak(peak, r->driver_bytes_peak, r->device_bytes_peak, r->driver_alone));
+    print_budget(f);
+    if (f->resident)
+        printf("%-18s all %d resident\n", "experts", f->experts);
+    else
+        print_moves(o, f, r);
     printf("%-18s inference %.1f ms, hash building %.1f ms\n", "waits", r->wait_ms_inference,
            r->wait_ms_hash);
     if (o->job.digest) printf("%-18s %s\n", "digest", r->digest);
@@ -297,13 +318,13 @@ static sida_status run(options *o) {
     sida_status status = SIDA_OK;
     SIDA_TRY(open_output(o));
     SIDA_TRY(sida_engine_open(&engine, &o->engine));
-    sida_engine_get_facts(engine, &facts);
     o->job.on_answer = on_answer;
     o->job.on_progress = on_progress;
     o->job.context = o;
     o->progress = sida_progress_begin("run", "tokens");
     status = sida_engine_run(engine, &o->job, &report);
     sida_progress_end(&o->progress);
+    sida_engine_get_facts(engine, &facts); /* a job may find less room than there was */
 out:
     status = close_output(o, status);
     sida_engine_close(engine);

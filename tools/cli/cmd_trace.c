@@ -14,6 +14,7 @@ enum {
     KEY_GENERATE,
     KEY_PART_TOKENS,
     KEY_THREADS,
+    KEY_DEVICE,
     KEY_JSON
 };
 
@@ -37,6 +38,8 @@ static const struct argp_option argp_options[] = {
     {"truncate", KEY_TRUNCATE, 0, 0, "cut longer ones instead of refusing them", 0},
     {"generate", KEY_GENERATE, "N", 0, "greedy tokens traced where there is no target (16)", 0},
     {"part-tokens", KEY_PART_TOKENS, "N", 0, "tokens a part of the unfinished trace (65536)", 0},
+    {"device", KEY_DEVICE, "NAME", 0, "cpu, cuda, or auto (default): cuda where a GPU is present",
+     0},
     {"threads", KEY_THREADS, "N", 0, "CPU threads (all)", 0},
     {"json", KEY_JSON, 0, 0, "print the summary as JSON", 0},
     {0}};
@@ -85,6 +88,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
     case KEY_THREADS:
         sida_cli_set_threads(sida_cli_i64(state, "--threads", text, 1, 1024));
         return 0;
+    case KEY_DEVICE:
+        t->device = text;
+        return 0;
     case KEY_JSON:
         o->json = true;
         return 0;
@@ -116,16 +122,16 @@ static sida_status print_report(const options *o, const sida_tracer_report *r) {
            bytes = tokens > 0 ? (double)r->bytes / (double)tokens : 0;
     if (o->json)
         return sida_cli_print_json(json_pack(
-            "{s:s, s:I, s:I, s:I, s:I, s:i, s:i, s:f, s:I, s:f}", "trace", o->tracer.output,
-            "sequences", (json_int_t)r->sequences, "encoder_tokens", (json_int_t)r->tokens[0],
-            "decoder_tokens", (json_int_t)r->tokens[1], "new_tokens", (json_int_t)r->new_tokens,
-            "parts", (int)r->parts, "parts_reused", (int)r->parts_reused, "tokens_per_s", rate,
-            "bytes", (json_int_t)r->bytes, "bytes_per_token", bytes));
+            "{s:s, s:s, s:I, s:I, s:I, s:I, s:i, s:i, s:f, s:I, s:f}", "trace", o->tracer.output,
+            "device", r->device, "sequences", (json_int_t)r->sequences, "encoder_tokens",
+            (json_int_t)r->tokens[0], "decoder_tokens", (json_int_t)r->tokens[1], "new_tokens",
+            (json_int_t)r->new_tokens, "parts", (int)r->parts, "parts_reused", (int)r->parts_reused,
+            "tokens_per_s", rate, "bytes", (json_int_t)r->bytes, "bytes_per_token", bytes));
     if (r->parts_reused > 0) printf("%d finished parts reused; ", r->parts_reused);
     printf("%s: %lld sequences, %lld encoder and %lld decoder tokens, %.1f bytes a token, "
-           "%.0f tokens/s\n",
+           "%.0f tokens/s on %s\n",
            o->tracer.output, (long long)r->sequences, (long long)r->tokens[0],
-           (long long)r->tokens[1], bytes, rate);
+           (long long)r->tokens[1], bytes, rate, r->device);
     return sida_cli_flush();
 }
 

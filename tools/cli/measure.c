@@ -3,6 +3,7 @@
 #include "formats/base/clock.h"
 #include "formats/base/memory.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -71,4 +72,16 @@ sida_status sida_measure_memory(double *bytes_per_s, sida_backend *backend) {
     SIDA_TRY(sida_measure_copy(bytes_per_s, backend, SIDA_COPY_DEVICE, bytes));
 out:
     return status;
+}
+
+const char *sida_format_peak(char out[160], uint64_t driver_bytes, uint64_t buffer_bytes,
+                             bool alone) {
+    double mib = 1.0 / (1 << 20);
+    if (alone && driver_bytes == buffer_bytes)
+        snprintf(out, 160, "%.2f MiB at peak", (double)buffer_bytes * mib);
+    else
+        snprintf(out, 160, "%.2f MiB at peak by the driver, %.2f in our buffers%s",
+                 (double)driver_bytes * mib, (double)buffer_bytes * mib,
+                 alone ? "" : " (without NVML other programs count too)");
+    return out;
 }

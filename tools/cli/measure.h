@@ -19,6 +19,12 @@ sida_status sida_measure_copy(double *bytes_per_s, sida_backend *backend, sida_c
  * CPU 64 MiB): caches do not help. */
 sida_status sida_measure_memory(double *bytes_per_s, sida_backend *backend);
 
+/* "12.34 MiB at peak by the driver, 5.67 in our buffers" and, where NVML is not there to tell them
+ * apart, a word on other programs; on the CPU, where both are one, "12.34 MiB at peak". Returns
+ * out. */
+const char *sida_format_peak(char out[160], uint64_t driver_bytes, uint64_t buffer_bytes,
+                             bool alone);
+
 /* Sorts; the middle one, or the mean of the middle two. count >= 1. */
 double sida_median(double *values, size_t count);
 

@@ -1,0 +1,135 @@
+/* The CPU side of `tools/bench/gpu --parts predictor`: what the hash-building thread does for a
+ * batch, timed: the encoder's tables and those of the decoder's first token, on one thread, as that
+ * thread has it.
+ *
+ *   bench_predictor D_MODEL EXPERTS SEQUENCES LENGTH K RUNS
+ *
+ * The network has the default width, random parameters and six MoE layers a side; the embedding is
+ * bf16 of 32128 random rows, ids are random: time depends on sizes alone. Prints JSON with every
+ * sample; three batches before them warm up. */
+#include "formats/base/clock.h"
+#include "formats/base/memory.h"
+#include "formats/base/rng.h"
+#include "runtime/predictor/sources.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+enum { VOCABULARY = 32128, MOE_LAYERS = 6, LSTM_LAYERS = 2, WARMUP = 3, FIRST_ID = 3, SEED = 7 };
+
+typedef struct bench {
+    int32_t d_model, experts, sequences, length, k, runs;
+    sida_net *net;
+    sida_hash_source *source;
+    sida_hash_state *state;
+    sida_hash_table tables[2];
+    uint16_t *embedding;             /* [VOCABULARY, d_model] */
+    int64_t *offsets, *step_offsets; /* [sequences + 1] */
+    int32_t *ids, *step_ids;         /* [sequences * length], [sequences] */
+    double *samples_ms;              /* [runs] */
+} bench;
+
+/* bf16 in [1/128, 1/64): the sign and the mantissa are random, what else does not matter. */
+static void fill_embedding(bench *b, sida_rng *rng) {
+    int64_t count = (int64_t)VOCABULARY * b->d_model;
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < count; i++, bits >>= 16) {
+        if (i % 4 == 0) bits = sida_rng_u64(rng);
+        b->embedding[i] = (uint16_t)((bits & 0x807f) | 0x3c00);
+    }
+}
+
+static sida_status open_source(bench *b, sida_rng *rng) {
+    sida_status status = SIDA_OK;
+    const sida_net_config config = {.d_model = b->d_model,
+                                    .hidden = sida_net_default_hidden(b->d_model),
+                                    .lstm_layers = LSTM_LAYERS,
+                                    .experts = b->experts,
+                                    .vocabulary = VOCABULARY,
+                                    .layers = {MOE_LAYERS, MOE_LAYERS}};
+    SIDA_TRY(sida_net_create(&b->net, &config));
+    sida_net_initialise(b->net, SEED);
+    SIDA_TRY(SIDA_ALLOC(&b->embedding, (int64_t)VOCABULARY * b->d_model, "an embedding"));
+    fill_embedding(b, rng);
+    const sida_weight embedding = {b->embedding, SIDA_BF16, VOCABULARY, b->d_model};
+    SIDA_TRY(sida_lstm_source_create(&b->source, b->net, embedding, (sida_fingerprint){0},
+                                     (sida_fingerprint){0}));
+    SIDA_TRY(sida_hash_state_create(b->source, &b->state));
+out:
+    return status;
+}
+
+static sida_status measure(bench *b, sida_rng *rng) {
+    sida_status status = SIDA_OK;
+    int64_t tokens = (int64_t)b->sequences * b->length;
+    SIDA_TRY(SIDA_ALLOC(&b->offsets, b->sequences + 1, "offsets"));
+    SIDA_TRY(SIDA_ALLOC(&b->step_offsets, b->sequences + 1, "offsets"));
+    SIDA_TRY(SIDA_ALLOC(&b->ids, tokens, "ids"));
+    SIDA_TRY(SIDA_ALLOC(&b->step_ids, b->sequences, "ids")); /* all 0: the start token */
+    SIDA_TRY(SIDA_ALLOC(&b->samples_ms, b->runs, "samples"));
+    for (int32_t s = 0; s <= b->sequences; s++) {
+        b->offsets[s] = (int64_t)s * b->length;
+        b->step_offsets[s] = s;
+    }
+    for (int32_t i = -WARMUP; i < b->runs; i++) {
+        const sida_ragged input = {b->sequences, b->offsets, b->ids};
+        const sida_ragged step = {b->sequences, b->step_offsets, b->step_ids};
+        for (int64_t t = 0; t < tokens; t++)
+            b->ids[t] = FIRST_ID + (int32_t)sida_rng_below(rng, VOCABULARY - FIRST_ID);
+        double begin = sida_clock_seconds();
+        SIDA_TRY(sida_hash_encode(b->source, b->state, &input, b->k, &b->tables[0]));
+        SIDA_TRY(sida_hash_decode(b->source, b->state, &step, b->k, &b->tables[1]));
+        if (i >= 0) b->samples_ms[i] = (sida_clock_seconds() - begin) * 1e3;
+    }
+out:
+    return status;
+}
+
+static void print(const bench *b) {
+    printf("{\"d_model\": %d, \"hidden\": %d, \"experts\": %d, \"batch\": %d, \"length\": %d, "
+           "\"top_k\": %d, \"parameters\": %lld, \"threads\": 1, \"samples_ms\": [",
+           b->d_model, b->net->config.hidden, b->experts, b->sequences, b->length, b->k,
+           (long long)b->net->parameter_count);
+    for (int32_t i = 0; i < b->runs; i++) printf("%s%.6f", i > 0 ? ", " : "", b->samples_ms[i]);
+    puts("]}");
+}
+
+int main(int argc, char **argv) {
+    bench b = {0};
+    int32_t *const numbers[] = {&b.d_model, &b.experts, &b.sequences, &b.length, &b.k, &b.runs};
+    int32_t count = sizeof numbers / sizeof *numbers;
+    bool good = argc == count + 1;
+    for (int32_t i = 0; good && i < count; i++) {
+        *numbers[i] = atoi(argv[i + 1]);
+        good = *numbers[i] >= 1 && *numbers[i] <= 1 << 16;
+    }
+    if (!good) {
+        fprintf(stderr, "usage: bench_predictor D_MODEL EXPERTS SEQUENCES LENGTH K RUNS\n");
+        return 2;
+    }
+#ifdef _OPENMP
+    omp_set_num_threads(1);
+#endif
+    sida_rng rng = sida_rng_seed(SEED);
+    sida_status status = open_source(&b, &rng);
+    if (status == SIDA_OK) status = measure(&b, &rng);
+    if (status == SIDA_OK)
+        print(&b);
+    else
+        fprintf(stderr, "bench_predictor: %s\n", sida_last_message());
+    sida_hash_table_free(&b.tables[0]);
+    sida_hash_table_free(&b.tables[1]);
+    sida_hash_state_destroy(b.source, b.state);
+    sida_hash_source_destroy(b.source);
+    sida_net_destroy(b.net);
+    free(b.embedding);
+    free(b.offsets);
+    free(b.step_offsets);
+    free(b.ids);
+    free(b.step_ids);
+    free(b.samples_ms);
+    return status == SIDA_OK ? 0 : 1;
+}
