@@ -89,7 +89,7 @@ typedef struct sida_engine_options {
 #define SIDA_ENGINE_OPTIONS_INIT                                                                   \
     {                                                                                              \
         .version = SIDA_ENGINE_OPTIONS_VERSION, .device = "auto", .policy = "lookahead",           \
-        .routing = "exact", .top_k = 3, .queue = 2, .batch = 1, .max_tokens = 512,                 \
+        .routing = "exact", .top_k = 3, .queue = 8, .batch = 1, .max_tokens = 512,                 \
         .max_new_tokens = 16                                                                       \
     }
 

@@ -21,6 +21,7 @@ enum {
     huge_page = 2 << 20,
     large_bytes = 64 << 20,
     poison_byte = 0xff,
+    stack_bytes = 256,
     most_devices = 64
 };
 
@@ -529,6 +530,9 @@ sida_status sida_backend_create_cuda(sida_backend **out, const sida_cuda_options
     if (options) backend->options = *options;
     SIDA_TRY(sida_cuda_use(&backend->base));
     SIDA_TRY(SIDA_CUDA(cudaFree(NULL))); /* the driver starts here, and not in the first buffer */
+    /* The driver sets a stack aside for every thread that the device can run, 1 KiB each: a quarter
+     * of a GiB on a large GPU. Our kernels take less than this; one that took more would get it. */
+    SIDA_TRY(SIDA_CUDA(cudaDeviceSetLimit(cudaLimitStackSize, stack_bytes)));
     SIDA_TRY(check_code(device));
     SIDA_TRY(SIDA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
     backend->early_launch = major >= 9;

@@ -1,5 +1,5 @@
-/* The back-end's own kernels: one to ask about, whose code was chosen as that of all others, and one
- * that copies. */
+/* The back-end's own kernels: one to ask about, whose code was chosen as that of all others, and
+ * one that copies. */
 extern "C" {
 #include "runtime/backend/backend_cuda.h"
 }

@@ -146,6 +146,80 @@ template <typename Shape> struct mma_weights {
     }
 };
 
+/* c[r][j] += the chunk's weights times its 8 rows of x. */
+template <int R, int T>
+__device__ inline void multiply(float (&c)[R][T][4], const uint4 (&weights)[R][2], int j, uint4 b) {
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        const uint4 low = weights[r][0], high = weights[r][1];
+        const uint32_t first[4] = {low.x, high.x, low.y, high.y};
+        const uint32_t second[4] = {low.z, high.z, low.w, high.w};
+        mma_bf16(c[r][j], first, b.x, b.y);
+        mma_bf16(c[r][j], second, b.z, b.w);
+    }
+}
+
+/* A warp's columns, AHEAD chunks at a time: for few rows of x, where a warp has few turns.
+ *
+ * Beyond its columns a lane has zeros for weights, and any columns of x will do: no branch keeps
+ * the loads apart. */
+template <typename Shape, typename X, bool NORM, int T>
+__device__ inline void sum_chunks(float (&c)[Shape::R][T][4], float (&squares)[T],
+                                  mma_weights<Shape> &weights, const X *const (&x)[T],
+                                  const __nv_bfloat16 *norms) {
+    const int32_t offset = threadIdx.x % 4 * 8;
+    for (int32_t k = weights.begin; k - offset < weights.end; k += Shape::AHEAD * CHUNK) {
+        if (k != weights.begin) weights.load(k);
+        x_columns<X> columns[Shape::AHEAD][T];
+        uint4 norm[Shape::AHEAD];
+#pragma unroll
+        for (int i = 0; i < Shape::AHEAD; i++) {
+            const int32_t at = k + i * CHUNK < weights.end ? k + i * CHUNK : 0;
+#pragma unroll
+            for (int j = 0; j < T; j++) columns[i][j].load(x[j] + at);
+            if (NORM) norm[i] = __ldg((const uint4 *)(norms + at));
+        }
+#pragma unroll
+        for (int i = 0; i < Shape::AHEAD; i++)
+#pragma unroll
+            for (int j = 0; j < T; j++)
+                multiply(c, weights.ahead[i], j,
+                         columns[i][j].template narrow<NORM>(norm[i], k + i * CHUNK < weights.end,
+                                                             squares[j]));
+    }
+}
+
+/* The same a chunk at a time, the next one's loads under way: for many rows of x. AHEAD is 1. */
+template <typename Shape, typename X, int T>
+__device__ inline void sum_chunks_in_turn(float (&c)[Shape::R][T][4], mma_weights<Shape> &weights,
+                                          const X *const (&x)[T]) {
+    const int32_t offset = threadIdx.x % 4 * 8;
+    x_columns<X> next[T];
+    float none = 0.0f;
+    if (weights.begin - offset >= weights.end) return;
+#pragma unroll
+    for (int j = 0; j < T; j++)
+        next[j].load(x[j] + (weights.begin < weights.end ? weights.begin : 0));
+    for (int32_t k = weights.begin; k - offset < weights.end; k += CHUNK) {
+        const int32_t then = k + CHUNK < weights.end ? k + CHUNK : 0;
+        uint4 now[Shape::R][2];
+        x_columns<X> columns[T];
+#pragma unroll
+        for (int r = 0; r < Shape::R; r++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) now[r][half] = weights.ahead[0][r][half];
+#pragma unroll
+        for (int j = 0; j < T; j++) columns[j] = next[j];
+        weights.load(k + CHUNK);
+#pragma unroll
+        for (int j = 0; j < T; j++) next[j].load(x[j] + then);
+#pragma unroll
+        for (int j = 0; j < T; j++)
+            multiply(c, now, j,
+                     columns[j].template narrow<false>(make_uint4(0, 0, 0, 0), true, none));
+    }
+}
+
 /* An element of y, and what is there already: read early, so that nobody waits for it at the end.
  */
 struct mma_target {
@@ -209,35 +283,10 @@ __device__ void mma_tiles(const mma_product &p, mma_weights<Shape> &weights,
     const int own = threadIdx.x % step;
     mma_target target;
     if (own < all) target.find(p, first_x + own / wide, row + own % wide);
-    for (int32_t k = weights.begin; k - t * 8 < weights.end; k += Shape::AHEAD * CHUNK) {
-        if (k != weights.begin) weights.load(k);
-        /* Beyond its columns a lane has zeros for weights, and any columns of x will do: no branch
-         * keeps the loads apart. */
-        x_columns<X> columns[Shape::AHEAD][T];
-        uint4 norm[Shape::AHEAD];
-#pragma unroll
-        for (int i = 0; i < Shape::AHEAD; i++) {
-            const int32_t at = k + i * CHUNK < weights.end ? k + i * CHUNK : 0;
-#pragma unroll
-            for (int j = 0; j < T; j++) columns[i][j].load(x[j] + at);
-            if (NORM) norm[i] = __ldg((const uint4 *)(p.norm + at));
-        }
-#pragma unroll
-        for (int i = 0; i < Shape::AHEAD; i++)
-#pragma unroll
-            for (int j = 0; j < T; j++) {
-                const uint4 b = columns[i][j].template narrow<NORM>(
-                    norm[i], k + i * CHUNK < weights.end, squares[j]);
-#pragma unroll
-                for (int r = 0; r < R; r++) {
-                    const uint4 low = weights.ahead[i][r][0], high = weights.ahead[i][r][1];
-                    const uint32_t first[4] = {low.x, high.x, low.y, high.y};
-                    const uint32_t second[4] = {low.z, high.z, low.w, high.w};
-                    mma_bf16(c[r][j], first, b.x, b.y);
-                    mma_bf16(c[r][j], second, b.z, b.w);
-                }
-            }
-    }
+    if (Shape::AHEAD == 1)
+        sum_chunks_in_turn<Shape, X, T>(c, weights, x);
+    else
+        sum_chunks<Shape, X, NORM, T>(c, squares, weights, x, p.norm);
     __syncthreads(); /* who read the sums before these */
     float *part = shared.part[warp];
 #pragma unroll

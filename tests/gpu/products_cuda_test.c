@@ -220,7 +220,8 @@ static void test_expert_bf16(void **state) {
     static const int32_t shapes[][2] = {{24, 40}, {64, 96}, {96, 2048}, {2056, 64}};
     for (int s = 0; s < 4; s++)
         for (int act = 0; act < 4; act++)
-            for (int variant = 0; variant < 4; variant++)
+            for (int variant = 0; variant < (s < 2 ? 4 : 2);
+                 variant++) /* much work for racecheck */
                 check_expert_bf16((sida_expert_shape){.d_model = shapes[s][0],
                                                       .d_ff = shapes[s][1],
                                                       .gated = act > 0,

@@ -61,7 +61,7 @@ static const struct argp_option argp_options[] = {
     {"budget", KEY_BUDGET, "B", 0,
      "20% of all experts, 12-experts, or a size (2GiB) for everything on the device (100%)", 3},
     {"policy", KEY_POLICY, "NAME", 0, "which expert gives way: lookahead (default), lru, fifo", 3},
-    {"queue", KEY_QUEUE, "N", 0, "batches predicted ahead (2)", 3},
+    {"queue", KEY_QUEUE, "N", 0, "batches predicted ahead (8)", 3},
     {"no-prefetch", KEY_NO_PREFETCH, 0, 0, "load experts only when a layer needs them", 3},
     {"device", KEY_DEVICE, "NAME", 0, "cpu, cuda, or auto (default): cuda where a GPU is present",
      3},
