@@ -120,10 +120,29 @@ out:
     return status;
 }
 
-/* The predictor computes in the host's memory, which on the CPU is the device's. */
-static size_t predictor_bytes(const sida_engine *engine) {
-    bool counts = strcmp(engine->backend->table->name, "cpu") == 0;
-    return engine->source && counts ? engine->source->info.bytes : 0;
+/* Puts the predictor where it computes, and counts what it takes. On the CPU it stays as it is, in
+ * the host's memory, which is the device's. */
+static sida_status place_predictor(sida_engine *engine, const sida_run_limits *limits,
+                                   size_t *bytes) {
+    sida_hash_source *source = engine->source;
+    const sida_hash_limits needed = {
+        .states = sida_pass_batches(engine->options.queue),
+        .sequences = limits->sequences,
+        .input_tokens = limits->input_tokens,
+        .step_tokens = limits->step_tokens,
+        .decoder_positions = limits->decoder_positions,
+        .k = engine->options.top_k,
+    };
+    *bytes = 0;
+    if (!source) return SIDA_OK;
+    if (strcmp(engine->backend->table->name, "cpu") == 0) {
+        *bytes = source->info.bytes;
+        return SIDA_OK;
+    }
+    sida_status status = sida_hash_source_place(source, engine->backend,
+                                                sida_model_embedding(engine->model), &needed);
+    *bytes = source->info.device_bytes;
+    return status;
 }
 
 /* What driver and libraries take now, and may take yet. */
@@ -169,8 +188,9 @@ static sida_status divide_memory(sida_engine *engine) {
         .slot_bytes = sida_store_slot_bytes(info->expert_bytes),
         .dense_bytes = before.used_bytes,
         .workspace_bytes = sida_run_bytes(engine->model, &limits),
-        .predictor_bytes = predictor_bytes(engine),
     };
+    SIDA_TRY(place_predictor(engine, &limits, &engine->needs.predictor_bytes));
+    sida_backend_memory(engine->backend, &before);
     /* Twice: before the workspace is taken, and when it has shown what the libraries want. */
     SIDA_TRY(measure_driver(engine));
     SIDA_TRY(count_slots(engine, &cap_bytes));

@@ -107,7 +107,7 @@ typedef struct sida_engine_facts {
     uint64_t slot_bytes;      /* one of them */
     uint64_t dense_bytes;     /* weights that are always there */
     uint64_t workspace_bytes; /* activations and caches */
-    uint64_t predictor_bytes; /* on the device: 0 with cuda, where the host predicts */
+    uint64_t predictor_bytes; /* parameters, and with cuda all that predicting takes */
     uint64_t driver_bytes;    /* context and libraries, as measured, and the reserve; cpu: 0 */
     uint64_t cap_bytes;       /* enforced; driver_bytes are in it where the budget is a size */
     const char *device;       /* "cpu", "cuda" */

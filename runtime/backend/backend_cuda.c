@@ -495,11 +495,16 @@ out:
 }
 
 /* Better said now than by the first kernel. */
-static sida_status check_code(int device) {
+/* *early: the kernels know how to wait for one another. Those made from PTX of an older kind do
+ * not, whatever the device is. */
+static sida_status check_code(int device, bool *early) {
     sida_status status = SIDA_OK;
     struct cudaDeviceProp properties;
     int code, ptx;
-    if (sida_cuda_probe(&code, &ptx) == cudaSuccess) return SIDA_OK;
+    if (sida_cuda_probe(&code, &ptx) == cudaSuccess) {
+        *early = code >= 90 && ptx >= 90;
+        return SIDA_OK;
+    }
     (void)cudaGetLastError();
     SIDA_TRY(SIDA_CUDA(cudaGetDeviceProperties(&properties, device)));
     SIDA_FAIL(SIDA_ERROR_DEVICE,
@@ -518,7 +523,7 @@ bool sida_cuda_present(void) {
 sida_status sida_backend_create_cuda(sida_backend **out, const sida_cuda_options *options) {
     sida_status status = SIDA_OK;
     cuda_backend *backend = NULL;
-    int count, device = options ? options->device : 0, major = 0;
+    int count, device = options ? options->device : 0;
     *out = NULL;
     SIDA_TRY(count_devices(&count));
     if (count > most_devices) count = most_devices;
@@ -533,9 +538,7 @@ sida_status sida_backend_create_cuda(sida_backend **out, const sida_cuda_options
     /* The driver sets a stack aside for every thread that the device can run, 1 KiB each: a quarter
      * of a GiB on a large GPU. Our kernels take less than this; one that took more would get it. */
     SIDA_TRY(SIDA_CUDA(cudaDeviceSetLimit(cudaLimitStackSize, stack_bytes)));
-    SIDA_TRY(check_code(device));
-    SIDA_TRY(SIDA_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
-    backend->early_launch = major >= 9;
+    SIDA_TRY(check_code(device, &backend->early_launch));
     sida_backend_begin(&backend->base, &cuda_table);
     *out = &backend->base;
     backend = NULL;

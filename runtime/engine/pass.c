@@ -37,6 +37,7 @@ typedef struct pass {
     int32_t item_count;
     int32_t k; /* of the tables */
     /* The hash thread's. */
+    int threads; /* for the source's work on the host */
     collector ahead;
     int64_t *first_offsets; /* the decoder's first step: one token a sequence */
     int32_t *first_ids;
@@ -151,10 +152,22 @@ static void stop(pass *p, sida_status reason) {
     if (p->store) sida_store_cancel(p->store, reason);
 }
 
+/* Where the model runs on the CPU the cores are the inference thread's. Beside a GPU that thread
+ * takes one, to issue work and to wait, and a source on the host may have the others. */
+static int hash_threads(const pass *p) {
+    bool on_cpu = strcmp(sida_model_backend(p->options->model)->table->name, "cpu") == 0;
+    int threads = 1;
+#ifdef _OPENMP
+    threads = omp_get_max_threads() - 1;
+#endif
+    if (on_cpu || !p->source || p->source->info.device_bytes > 0 || threads < 1) return 1;
+    return threads;
+}
+
 static void *hash_thread(void *argument) {
     pass *p = argument;
 #ifdef _OPENMP
-    omp_set_num_threads(1); /* this thread's; the cores are the inference thread's */
+    omp_set_num_threads(p->threads); /* this thread's own setting */
 #endif
     sida_status status = build_ahead(p);
     if (status != SIDA_OK)
@@ -334,8 +347,7 @@ static sida_status open_pass(pass *p) {
     const sida_pass_options *o = p->options;
     const sida_model_info *info = p->info;
     sida_status status = SIDA_OK;
-    /* One being filled, one being run, the rest in the queue. */
-    p->item_count = o->queue + 2;
+    p->item_count = sida_pass_batches(o->queue);
     SIDA_TRY(SIDA_ALLOC(&p->items, p->item_count, "the hash queue"));
     SIDA_TRY(sida_queue_create(&p->ready, (size_t)o->queue));
     SIDA_TRY(sida_queue_create(&p->spare, (size_t)p->item_count));
@@ -425,6 +437,7 @@ sida_status sida_pass_run(sida_pass_stats *out, const sida_pass_options *options
     sida_status status = SIDA_OK;
     double begin = sida_clock_seconds();
     SIDA_TRY(open_pass(&p));
+    p.threads = hash_threads(&p);
     begin = sida_clock_seconds();
     if (pthread_create(&thread, NULL, hash_thread, &p))
         SIDA_FAIL(SIDA_ERROR_MEMORY, "cannot start the hash-building thread");

@@ -22,7 +22,9 @@ typedef struct sida_pass_options {
     /* All experts on the device; NULL: the store, under what slots to policy say, which mean
      * nothing otherwise. Exact routing then takes no predictions. */
     const sida_resident *resident;
-    const sida_hash_source *source; /* NULL: no predictions (exact only) */
+    /* NULL: no predictions (exact only). On a device: placed for as many states as there are
+     * batches, below, and for the run's limits. */
+    const sida_hash_source *source;
     sida_routing routing;
     int32_t top_k; /* experts predicted a token and layer, model's k … E */
     int32_t slots; /* >= 2 */
@@ -45,6 +47,12 @@ typedef struct sida_pass_options {
     void (*pause)(void *context);
     void *pause_context;
 } sida_pass_options;
+
+/* Batches alive at once, and so states of a source: one being filled, one being run, the rest in
+ * the queue. */
+static inline int32_t sida_pass_batches(int32_t queue) {
+    return queue + 2;
+}
 
 typedef struct sida_pass_stats {
     /* With all experts resident only `resident` and `peak_resident`: nothing is loaded, and needs

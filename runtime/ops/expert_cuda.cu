@@ -5,7 +5,7 @@
 
 constexpr int COMBINE_THREADS = 128;
 /* Places along the grid for experts; more of them take turns. */
-constexpr int64_t ALL_PLACES = 64, MAX_GRID_Y = 65535;
+constexpr int64_t ALL_PLACES = 64, MAX_GRID_Z = 65535;
 /* Blocks that share the tokens of an expert with many. */
 constexpr int64_t ROW_BLOCKS = 4;
 
@@ -70,25 +70,26 @@ __global__ void __launch_bounds__(PRODUCT_WARPS *WARP)
     expert_kernel(sida_expert_call call, bool out) {
     await_inputs();
     allow_next();
-    for (int32_t i = (int32_t)blockIdx.y; i < call.count; i += (int32_t)gridDim.y) {
+    for (int32_t i = (int32_t)blockIdx.z; i < call.count; i += (int32_t)gridDim.z) {
         expert_rows expert;
         if (!find_expert(&expert, call, i)) continue;
         product p = expert_product(call, expert, out);
-        product_block<W>(p, expert.count, (int64_t)blockIdx.z * PRODUCT_X,
-                         (int64_t)gridDim.z * PRODUCT_X,
-                         (int64_t)blockIdx.x * product_columns(p.up != NULL));
+        product_block<W>(p, expert.count, (int64_t)blockIdx.x * PRODUCT_X,
+                         (int64_t)gridDim.x * PRODUCT_X,
+                         (int64_t)blockIdx.y * product_columns(p.up != NULL));
     }
 }
 
-/* Blocks along x share an expert's columns, `across`; along y are experts; along z its tokens. */
+/* Blocks along x share an expert's tokens, along y its columns (`across`), along z are experts:
+ * those that read the same weights run at the same time, and the L2 cache serves all but one. */
 static dim3 expert_grid(const sida_expert_call *call, int64_t across, int64_t tokens) {
     const int64_t rows = call->rows_total;
     int64_t places = rows <= ALL_PLACES ? rows : rows / 2 > ALL_PLACES ? rows / 2 : ALL_PLACES;
     if (places > call->count) places = call->count;
-    if (places > MAX_GRID_Y) places = MAX_GRID_Y;
+    if (places > MAX_GRID_Z) places = MAX_GRID_Z;
     int64_t deep = (rows + tokens * call->count - 1) / (tokens * call->count);
-    return dim3((unsigned)across, (unsigned)places,
-                (unsigned)(deep < ROW_BLOCKS ? deep : ROW_BLOCKS));
+    return dim3((unsigned)(deep < ROW_BLOCKS ? deep : ROW_BLOCKS), (unsigned)across,
+                (unsigned)places);
 }
 
 static sida_status launch_plain(sida_stream *stream, const sida_expert_call *call, bool out) {
@@ -159,15 +160,15 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::TILES_X > 4 ? 1 : 2)
     bool waited = !out;
     if (!out) await_inputs();
     allow_next();
-    for (int32_t i = (int32_t)blockIdx.y; i < call.count; i += (int32_t)gridDim.y) {
+    for (int32_t i = (int32_t)blockIdx.z; i < call.count; i += (int32_t)gridDim.z) {
         expert_rows expert;
         if (!find_expert(&expert, call, i)) continue;
         if (kind != EXPERTS_ALL && (expert.count > MANY_OF_ONE) != (kind == EXPERTS_MANY)) continue;
         const mma_product p = expert_mma(call, expert, out);
         const int64_t step = p.up ? TILE_ROWS : Shape::R * TILE_ROWS;
-        const int64_t row = ((int64_t)blockIdx.x * Shape::GROUPS + group) * step;
-        for (int64_t first = (int64_t)blockIdx.z * Shape::MOST_X; first < p.n;
-             first += (int64_t)gridDim.z * Shape::MOST_X) {
+        const int64_t row = ((int64_t)blockIdx.y * Shape::GROUPS + group) * step;
+        for (int64_t first = (int64_t)blockIdx.x * Shape::MOST_X; first < p.n;
+             first += (int64_t)gridDim.x * Shape::MOST_X) {
             const int left = p.n - first < Shape::MOST_X ? (int)(p.n - first) : Shape::MOST_X;
             mma_weights<Shape> weights;
             weights.start(p, row);
@@ -195,7 +196,7 @@ static sida_status launch_shape(sida_stream *stream, const sida_expert_call *cal
     const int64_t rows = out ? shape->d_model : shape->d_ff;
     const int64_t step = Shape::GROUPS * (!out && shape->gated ? 1 : Shape::R) * TILE_ROWS;
     dim3 grid = expert_grid(call, (rows + step - 1) / step, Shape::MOST_X);
-    if (kind == EXPERTS_FEW) grid.z = 1;
+    if (kind == EXPERTS_FEW) grid.x = 1;
     return launch_kernel("expert kernel", stream, expert_mma_kernel<Shape>, grid, Shape::THREADS, 0,
                          *call, out, kind);
 }

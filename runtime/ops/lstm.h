@@ -16,9 +16,10 @@ typedef struct sida_lstm_call {
     /* State: [sequences, hidden], read before the first token and written after the last of each
      * sequence (untouched for one without tokens). NULL: zeros, not kept. */
     float *state_h, *state_c;
-    float *workspace; /* [sequences, 5 * hidden] */
+    float *workspace; /* [sequences, 5 * hidden]; not used on CUDA */
     /* The recurrent product; NULL: sida_linear_cpu, with which a sequence gives the same bytes
-     * alone, in a batch and step by step. Training passes sida_linear_gemm_cpu, which is faster. */
+     * alone, in a batch and step by step. Training passes sida_linear_gemm_cpu, which is faster.
+     * Ignored on CUDA, whose kernels give a sequence the same bytes in any company too. */
     sida_linear_fn *linear;
 } sida_lstm_call;
 

@@ -50,7 +50,7 @@ typedef struct sida_ops {
 /* The ops of a back-end; never NULL. */
 const sida_ops *sida_ops_of(const sida_backend *backend);
 extern const sida_ops sida_ops_cpu;
-/* Where CUDA is built in. lstm and sparsemax_attention are NULL: the predictor runs on the host. */
+/* Where CUDA is built in. */
 extern const sida_ops sida_ops_cuda;
 
 #endif

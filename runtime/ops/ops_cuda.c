@@ -1,6 +1,5 @@
 #include "runtime/ops/ops_cuda.h"
 
-/* The predictor runs on the host so far, so lstm and sparsemax_attention have no CUDA op. */
 const sida_ops sida_ops_cuda = {.embedding = sida_embedding_cuda,
                                 .rms_norm = sida_rms_norm_cuda,
                                 .linear = sida_linear_cuda,
@@ -12,6 +11,8 @@ const sida_ops sida_ops_cuda = {.embedding = sida_embedding_cuda,
                                 .route = sida_route_cuda,
                                 .expert = sida_expert_cuda,
                                 .combine = sida_combine_cuda,
+                                .lstm = sida_lstm_cuda,
+                                .sparsemax_attention = sida_sparsemax_attention_cuda,
                                 .stream_bytes = SIDA_CUDA_STREAM_BYTES,
                                 .prepare = sida_prepare_cuda,
                                 .bf16_activations = true,

@@ -22,6 +22,10 @@ sida_status sida_route_cuda(sida_stream *stream, const sida_router_call *router,
                             const sida_dispatch_call *dispatch);
 sida_expert_fn sida_expert_cuda;
 sida_combine_fn sida_combine_cuda;
+/* These two keep the CPU's promise: a sequence gives the same bytes alone, in a batch and step by
+ * step. Forward only. */
+sida_lstm_fn sida_lstm_cuda;
+sida_sparsemax_attention_fn sida_sparsemax_attention_cuda;
 
 /* Device bytes of a compute stream: cuBLAS's workspace, whose fixed size keeps its choice of kernel
  * from depending on anything but the shape, and room for activations in the weights' type. */

@@ -21,8 +21,11 @@ typedef struct sida_sparsemax_attention_call {
     const int32_t *q_count, *k_count; /* [sequences] */
     const int32_t *q_position;        /* [sequences]; NULL: 0 */
     bool causal;
+    /* Queries of all sequences together as far as the host knows, by which CUDA spreads the work;
+     * 0: unknown. Changes no result. */
+    int64_t rows;
     /* Training keeps p: row i of sequence s starts at probabilities + p_start[s] + i * k_count[s].
-     * NULL: not kept. */
+     * NULL: not kept. CUDA keeps none: UNSUPPORTED. */
     float *probabilities;
     const int64_t *p_start; /* [sequences] */
 } sida_sparsemax_attention_call;

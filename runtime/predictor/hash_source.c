@@ -71,6 +71,12 @@ void sida_hash_source_destroy(sida_hash_source *source) {
     if (source) source->table->destroy(source);
 }
 
+sida_status sida_hash_source_place(sida_hash_source *source, sida_backend *backend,
+                                   sida_weight embedding, const sida_hash_limits *limits) {
+    return source->table->place ? source->table->place(source, backend, embedding, limits)
+                                : SIDA_OK;
+}
+
 sida_status sida_hash_state_create(const sida_hash_source *source, sida_hash_state **out) {
     return source->table->state_create(source, out);
 }

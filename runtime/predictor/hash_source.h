@@ -29,8 +29,19 @@ typedef struct sida_hash_source_info {
     const char *name; /* "lstm", "table" ... */
     sida_fingerprint model, tokenizer;
     int32_t d_model, experts, layers[2];
-    size_t bytes; /* of its parameters */
+    size_t bytes;        /* of its parameters */
+    size_t device_bytes; /* all that it takes of the device where it was placed; 0: on the host */
 } sida_hash_source_info;
+
+/* What a source on a device must have room for. */
+typedef struct sida_hash_limits {
+    int32_t states;            /* batches at a time */
+    int32_t sequences;         /* of a batch */
+    int64_t input_tokens;      /* of a batch, all sequences together */
+    int64_t step_tokens;       /* of a decode, all sequences together */
+    int32_t decoder_positions; /* of one sequence */
+    int32_t k;                 /* experts a token and layer */
+} sida_hash_limits;
 
 typedef struct sida_hash_source_table {
     void (*destroy)(sida_hash_source *source);
@@ -42,6 +53,9 @@ typedef struct sida_hash_source_table {
     /* Tables of the decoder's next tokens (0 … n a sequence of that batch). */
     sida_status (*decode)(const sida_hash_source *source, sida_hash_state *state,
                           const sida_ragged *step, int32_t k, sida_hash_table *out);
+    /* NULL: computes on the host, wherever the model does. */
+    sida_status (*place)(sida_hash_source *source, sida_backend *backend, sida_weight embedding,
+                         const sida_hash_limits *limits);
 } sida_hash_source_table;
 
 struct sida_hash_source {
@@ -54,9 +68,19 @@ struct sida_hash_source {
 sida_status sida_hash_source_open(sida_hash_source **out, const char *path, sida_weight embedding,
                                   sida_fingerprint model);
 void sida_hash_source_destroy(sida_hash_source *source); /* takes NULL */
+/* Moves the source to the device of a back-end, once, before any state is made: parameters are
+ * copied, memory for the limits is taken there; embedding is the model's on the device. A source
+ * that the device has no ops for stays on the host, and info.device_bytes is 0. Batches beyond the
+ * limits are then refused (ARGUMENT). Errors: those of taking memory.
+ *
+ * On the host and on the CPU's back-end a row depends on its own sequence alone, to the byte. On
+ * CUDA the same build, device and batches give the same bytes; the same sequence in another batch
+ * may get factors that differ in the last places, and another expert where two are as good. */
+sida_status sida_hash_source_place(sida_hash_source *source, sida_backend *backend,
+                                   sida_weight embedding, const sida_hash_limits *limits);
 sida_status sida_hash_state_create(const sida_hash_source *source, sida_hash_state **out);
 void sida_hash_state_destroy(const sida_hash_source *source, sida_hash_state *state);
-/* k: experts a token and layer, 1 … E. A row depends on its own sequence alone. */
+/* k: experts a token and layer, 1 … E. Two threads may call at once, each on a state of its own. */
 sida_status sida_hash_encode(const sida_hash_source *source, sida_hash_state *state,
                              const sida_ragged *input, int32_t k, sida_hash_table *out);
 sida_status sida_hash_decode(const sida_hash_source *source, sida_hash_state *state,

@@ -1,8 +1,10 @@
 /* The paper's hash function as a hash source. */
 #include "formats/base/memory.h"
+#include "runtime/predictor/net_device.h"
 #include "runtime/predictor/select.h"
 #include "runtime/predictor/sources.h"
 
+#include <assert.h>
 #include <inttypes.h>
 #include <stdlib.h>
 
@@ -11,16 +13,19 @@ typedef struct lstm_source {
     const sida_net *net;
     sida_net *owned; /* NULL when borrowed */
     sida_weight embedding;
+    sida_net_device *device; /* NULL: computes on the host */
 } lstm_source;
 
+/* Either a pass or a place on the device. */
 typedef struct lstm_state {
     sida_net_pass *pass;
-    bool encoded;
-    sida_ragged batch; /* sequences only */
+    bool encoded; /* by the pass */
+    sida_net_device_state *placed;
 } lstm_state;
 
 static void lstm_destroy(sida_hash_source *source) {
     lstm_source *self = (lstm_source *)source;
+    sida_net_device_destroy(self->device);
     sida_net_destroy(self->owned);
     free(self);
 }
@@ -28,15 +33,20 @@ static void lstm_destroy(sida_hash_source *source) {
 static void lstm_state_destroy(sida_hash_state *state) {
     lstm_state *self = (lstm_state *)state;
     sida_net_pass_destroy(self->pass);
+    sida_net_device_give(self->placed);
     free(self);
 }
 
 static sida_status lstm_state_create(const sida_hash_source *source, sida_hash_state **out) {
     *out = NULL;
     sida_status status = SIDA_OK;
+    const lstm_source *of = (const lstm_source *)source;
     lstm_state *self = NULL;
     SIDA_TRY(SIDA_ALLOC(&self, 1, "a predictor's state"));
-    SIDA_TRY(sida_net_pass_create(&self->pass, ((const lstm_source *)source)->net, false));
+    if (of->device)
+        SIDA_TRY(sida_net_device_take(of->device, &self->placed));
+    else
+        SIDA_TRY(sida_net_pass_create(&self->pass, of->net, false));
     *out = (sida_hash_state *)self;
     self = NULL;
 out:
@@ -72,17 +82,14 @@ static sida_status read_table(const lstm_source *self, const sida_net_pass *pass
         free(keys);
     }
     if (!enough) return sida_fail(SIDA_ERROR_MEMORY, "no memory for %d scores", experts);
-    if (!good)
-        return sida_fail(SIDA_ERROR_FORMAT,
-                         "the predictor's scores are not finite: its parameters or the embedding "
-                         "are too large");
-    return SIDA_OK;
+    return good ? SIDA_OK : sida_select_not_finite();
 }
 
 static sida_status lstm_encode(const sida_hash_source *source, sida_hash_state *state,
                                const sida_ragged *input, int32_t k, sida_hash_table *out) {
     const lstm_source *self = (const lstm_source *)source;
     lstm_state *own = (lstm_state *)state;
+    if (own->placed) return sida_net_device_encode(own->placed, input, k, out);
     own->encoded = false;
     sida_status status = sida_net_encode(own->pass, self->embedding, input);
     if (status == SIDA_OK) status = read_table(self, own->pass, 0, k, out);
@@ -94,6 +101,7 @@ static sida_status lstm_decode(const sida_hash_source *source, sida_hash_state *
                                const sida_ragged *step, int32_t k, sida_hash_table *out) {
     const lstm_source *self = (const lstm_source *)source;
     lstm_state *own = (lstm_state *)state;
+    if (own->placed) return sida_net_device_decode(own->placed, step, k, out);
     if (!own->encoded || step->sequences != own->pass->sequences)
         return sida_fail(SIDA_ERROR_ARGUMENT, "a decoder step of another batch");
     if (!self->net->trunks[1].present)
@@ -102,8 +110,23 @@ static sida_status lstm_decode(const sida_hash_source *source, sida_hash_state *
     return status == SIDA_OK ? read_table(self, own->pass, 1, k, out) : status;
 }
 
-static const sida_hash_source_table lstm_table = {lstm_destroy, lstm_state_create,
-                                                  lstm_state_destroy, lstm_encode, lstm_decode};
+static sida_status lstm_place(sida_hash_source *source, sida_backend *backend,
+                              sida_weight embedding, const sida_hash_limits *limits) {
+    lstm_source *self = (lstm_source *)source;
+    assert(!self->device);
+    if (!sida_net_device_possible(backend)) return SIDA_OK;
+    sida_status status =
+        sida_net_device_create(&self->device, self->net, backend, embedding, limits);
+    if (status == SIDA_OK) self->base.info.device_bytes = sida_net_device_bytes(self->device);
+    return status;
+}
+
+static const sida_hash_source_table lstm_table = {.destroy = lstm_destroy,
+                                                  .state_create = lstm_state_create,
+                                                  .state_destroy = lstm_state_destroy,
+                                                  .encode = lstm_encode,
+                                                  .decode = lstm_decode,
+                                                  .place = lstm_place};
 
 sida_status sida_lstm_source_create(sida_hash_source **out, const sida_net *net,
                                     sida_weight embedding, sida_fingerprint model,

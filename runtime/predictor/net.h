@@ -67,6 +67,8 @@ void sida_net_destroy(sida_net *net); /* takes NULL */
 /* PyTorch's default initialisation from a seed of ours. */
 void sida_net_initialise(sida_net *net, uint64_t seed);
 sida_weight sida_net_weight(const sida_net_linear *layer);
+/* FORMAT for an id that is no row of the embedding. */
+sida_status sida_net_check_ids(sida_weight embedding, const sida_ragged *input);
 
 /* The configuration as a JSON object and back: FORMAT when it is incomplete or absurd. */
 json_t *sida_net_config_to_json(const sida_net_config *config);

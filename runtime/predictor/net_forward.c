@@ -93,7 +93,7 @@ static sida_status lay_out_integers(sida_net_pass *pass, int side) {
     return SIDA_OK;
 }
 
-static sida_status check_ids(sida_weight embedding, const sida_ragged *input) {
+sida_status sida_net_check_ids(sida_weight embedding, const sida_ragged *input) {
     for (int64_t i = 0; i < sida_ragged_tokens(input); i++)
         if (input->ids[i] < 0 || input->ids[i] >= embedding.rows)
             return sida_fail(SIDA_ERROR_FORMAT,
@@ -125,7 +125,7 @@ static sida_status run_trunk(sida_net_pass *pass, int side, sida_weight embeddin
     sida_net_activations *a = &pass->sides[side];
     int64_t n = sida_ragged_tokens(input);
     assert(embedding.cols == c->d_model);
-    SIDA_TRY(check_ids(embedding, input));
+    SIDA_TRY(sida_net_check_ids(embedding, input));
     SIDA_TRY(lay_out_integers(pass, side));
     SIDA_TRY(lay_out(pass, side, n));
     memcpy(a->offsets, input->offsets, ((size_t)pass->sequences + 1) * sizeof *a->offsets);

@@ -67,3 +67,9 @@ bool sida_select_weights(sida_hash_table *out, int64_t row, int32_t layer, const
     for (int32_t i = 0; i < out->k; i++) out->alpha[at + i] = scores[chosen[i]] / sum;
     return true;
 }
+
+sida_status sida_select_not_finite(void) {
+    return sida_fail(SIDA_ERROR_FORMAT,
+                     "the predictor's scores are not finite: its parameters or the embedding are "
+                     "too large");
+}

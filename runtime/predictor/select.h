@@ -12,4 +12,7 @@ bool sida_select_logits(sida_hash_table *out, int64_t row, int32_t layer, const 
 bool sida_select_weights(sida_hash_table *out, int64_t row, int32_t layer, const float *scores,
                          int32_t experts, uint64_t *scratch);
 
+/* FORMAT: what is said of scores that are not finite. */
+sida_status sida_select_not_finite(void);
+
 #endif

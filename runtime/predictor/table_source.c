@@ -97,8 +97,11 @@ static sida_status table_decode(const sida_hash_source *source, sida_hash_state 
     return look_up((const table_source *)source, (table_state *)state, 1, step, k, out);
 }
 
-static const sida_hash_source_table table_table = {table_destroy, table_state_create,
-                                                   table_state_destroy, table_encode, table_decode};
+static const sida_hash_source_table table_table = {.destroy = table_destroy,
+                                                   .state_create = table_state_create,
+                                                   .state_destroy = table_state_destroy,
+                                                   .encode = table_encode,
+                                                   .decode = table_decode};
 
 sida_status sida_table_source_create(sida_hash_source **out, const sida_table_shape *shape,
                                      const int32_t *ids, int32_t id_count, sida_fingerprint model,

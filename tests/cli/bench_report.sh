@@ -28,7 +28,7 @@ says 'report' 'GPU memory saved against Standard resident | 80.0% | 75.0% | 80.0
 says 'report' 'GPU memory saved against sida resident | 80.0% | 75.0% | 60.0% | **no** |'
 says 'report' '| 8 | 25 | 4.00 | 50,000 | 90.0 | 22.5 | 125 / 126 |'
 says 'report' '| base-128 | 20% | tables, 65% and 86% | 25 | 16.00 | 2.00 | 5.00 | 2.00 | 92% | 60% | 20% |'
-says 'report' '| 25 | 1.25 | 2.50 | 0.75 |'
+says 'report' '| 25 | 1.25 | 0.50 | 2.50 | 0.75 |'
 says 'report' 'standard_hf.py --experts 256`: ended after 240 s'
 if command -v gnuplot >/dev/null; then
     accepts 'pictures' tools/bench/report $made_up --plot "$work/pictures"

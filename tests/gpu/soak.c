@@ -1,7 +1,8 @@
 /* soak SECONDS SEED [cpu|cuda]: rounds of a small synthetic model under random budgets, policies,
  * queues, batch sizes and predictions. Every round must give the all-resident digest of the same
  * batches, and leave memory as it was: the device's as the driver tells it, and the process's. One
- * line a minute; exit 1 on any difference. Not a CTest test: it takes as long as it is told to. */
+ * line a minute; exit 1 on any difference. Not a CTest test: it takes as long as it is told to, and
+ * the driver counts what other programs take of the device: run it alone. */
 #include "formats/base/clock.h"
 #include "formats/base/log.h"
 #include "formats/base/rng.h"

@@ -207,7 +207,11 @@ static sida_status dice_decode(const sida_hash_source *source, sida_hash_state *
 }
 
 static const sida_hash_source_table dice_table = {
-    dice_destroy, dice_state_create, dice_state_destroy, dice_encode, dice_decode,
+    .destroy = dice_destroy,
+    .state_create = dice_state_create,
+    .state_destroy = dice_state_destroy,
+    .encode = dice_encode,
+    .decode = dice_decode,
 };
 
 /* --- delays */

@@ -1,6 +1,7 @@
 /* Identity: exact routing gives the all-resident run's logits, byte for byte, whatever the budget,
  * policy, queue, prefetching and timing, and however bad the predictions. Tolerance: none. */
 #include "runtime/engine/budget.h"
+#include "runtime/predictor/sources.h"
 #include "tests/integration/identity_rig.h"
 #include "tests/test.h"
 
@@ -353,6 +354,71 @@ static void check_folder(const char *folder) {
     rig_close(&r);
 }
 
+/* A predictor on the model's device, under the threads of a pass: it says the experts that the same
+ * one says on the host, so guided routing answers the same, and exact routing as ever. */
+static void test_placed(void **state) {
+    rig *r = *state;
+    enum { queue = 2 };
+    const sida_model_info *info = r->info;
+    const sida_weight embedding = sida_model_embedding(r->model);
+    const sida_net_config config = {.d_model = info->d_model,
+                                    .hidden = 24,
+                                    .lstm_layers = 2,
+                                    .experts = info->experts,
+                                    .vocabulary = info->vocabulary,
+                                    .layers = {info->moe_layers[0], info->moe_layers[1]}};
+    const sida_hash_limits limits = {.states = sida_pass_batches(queue),
+                                     .sequences = rig_max_batch,
+                                     .input_tokens = rig_max_batch * 24,
+                                     .step_tokens = rig_max_batch,
+                                     .decoder_positions = rig_max_new_tokens,
+                                     .k = 3};
+    sida_net *net;
+    sida_hash_source *sources[2]; /* on the host, on the device */
+    rig_assert_ok(sida_net_create(&net, &config));
+    sida_net_initialise(net, 3);
+    for (int i = 0; i < 2; i++)
+        rig_assert_ok(sida_lstm_source_create(&sources[i], net, embedding, info->fingerprint,
+                                              (sida_fingerprint){0}));
+    rig_assert_ok(sida_hash_source_place(sources[1], r->backend, embedding, &limits));
+    size_t bytes = sources[1]->info.device_bytes;
+    assert_true(bytes > 0);
+    r->fixed_bytes += bytes;
+    unsigned seed = 500;
+    for (int32_t batch = 3; batch <= 16; batch += 13) {
+        reference ref;
+        sida_fingerprint guided[2];
+        rig_reference(r, &ref, SIDA_ROUTING_EXACT, 2, batch);
+        for (int i = 0; i < 2; i++)
+            for (int routing = SIDA_ROUTING_EXACT; routing <= SIDA_ROUTING_GUIDED; routing++) {
+                sida_pass_stats stats;
+                rig_assert_ok(rig_pass(r, &stats,
+                                       (sida_pass_options){
+                                           .source = sources[i],
+                                           .routing = (sida_routing)routing,
+                                           .top_k = 3,
+                                           .slots = slots_of(r, "20%"),
+                                           .queue = queue,
+                                           .prefetch = true,
+                                           .policy = sida_policy_find("lookahead"),
+                                       },
+                                       batch, seed++));
+                assert_true(stats.store.prefetch_loads > 0);
+                if (routing == SIDA_ROUTING_EXACT)
+                    assert_digest(stats.digest, ref.digest, "a placed predictor");
+                else
+                    guided[i] = stats.digest;
+                sida_pass_stats_free(&stats);
+            }
+        assert_digest(guided[1], guided[0], "guided by a placed predictor");
+        assert_false(sida_fingerprint_equal(guided[0], ref.digest));
+        reference_free(&ref);
+    }
+    r->fixed_bytes -= bytes;
+    for (int i = 0; i < 2; i++) sida_hash_source_destroy(sources[i]);
+    sida_net_destroy(net);
+}
+
 /* Other shapes of model: the parity tests' tiny checkpoints, and the trained sample. */
 static void test_other_models(void **state) {
     (void)state;
@@ -391,7 +457,7 @@ int main(void) {
         cmocka_unit_test(test_flipped_bit),   cmocka_unit_test(test_host_slab),
         cmocka_unit_test(test_lossy),         cmocka_unit_test(test_resident),
         cmocka_unit_test(test_guided_by_all), cmocka_unit_test(test_errors),
-        cmocka_unit_test(test_other_models),
+        cmocka_unit_test(test_placed),        cmocka_unit_test(test_other_models),
     };
     return cmocka_run_group_tests(tests, open_rig, close_rig);
 }

@@ -1,8 +1,9 @@
-/* The CPU side of `tools/bench/gpu --parts predictor`: what the hash-building thread does for a
- * batch, timed: the encoder's tables and those of the decoder's first token, on one thread, as that
- * thread has it.
+/* Our side of `tools/bench/gpu --parts predictor`: what the hash-building thread does for a batch,
+ * timed: the encoder's tables and those of the decoder's first token, from ids to tables in the
+ * host's memory. On one thread of the host, as that thread has it beside a model on the CPU; or,
+ * with a DEVICE (cuda; cpu only tries it), with the predictor placed there.
  *
- *   bench_predictor D_MODEL EXPERTS SEQUENCES LENGTH K RUNS
+ *   bench_predictor D_MODEL EXPERTS SEQUENCES LENGTH K RUNS [DEVICE]
  *
  * The network has the default width, random parameters and six MoE layers a side; the embedding is
  * bf16 of 32128 random rows, ids are random: time depends on sizes alone. Prints JSON with every
@@ -14,6 +15,7 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -22,6 +24,9 @@ enum { VOCABULARY = 32128, MOE_LAYERS = 6, LSTM_LAYERS = 2, WARMUP = 3, FIRST_ID
 
 typedef struct bench {
     int32_t d_model, experts, sequences, length, k, runs;
+    const char *device;               /* NULL: the host */
+    sida_backend *backend;            /* of the device */
+    sida_buffer *embedding_on_device; /* as `embedding` */
     sida_net *net;
     sida_hash_source *source;
     sida_hash_state *state;
@@ -42,6 +47,33 @@ static void fill_embedding(bench *b, sida_rng *rng) {
     }
 }
 
+/* With the embedding, as a model would have it there. */
+static sida_status place(bench *b) {
+    sida_status status = SIDA_OK;
+    sida_stream *stream = NULL;
+    size_t bytes = (size_t)VOCABULARY * (size_t)b->d_model * sizeof *b->embedding;
+    const sida_hash_limits limits = {.states = 1,
+                                     .sequences = b->sequences,
+                                     .input_tokens = (int64_t)b->sequences * b->length,
+                                     .step_tokens = b->sequences,
+                                     .decoder_positions = 1,
+                                     .k = b->k};
+    SIDA_TRY(sida_backend_create_named(&b->backend, b->device));
+    SIDA_TRY(sida_buffer_create(b->backend, &b->embedding_on_device, SIDA_MEMORY_DEVICE, bytes,
+                                "an embedding"));
+    SIDA_TRY(sida_stream_create(b->backend, &stream, SIDA_STREAM_COMPUTE));
+    SIDA_TRY(sida_copy(stream, b->embedding_on_device->data, b->embedding, bytes));
+    SIDA_TRY(sida_stream_synchronize(stream));
+    SIDA_TRY(sida_hash_source_place(
+        b->source, b->backend,
+        (sida_weight){b->embedding_on_device->data, SIDA_BF16, VOCABULARY, b->d_model}, &limits));
+    if (b->source->info.device_bytes == 0)
+        SIDA_FAIL(SIDA_ERROR_UNSUPPORTED, "device %s has no ops for the predictor", b->device);
+out:
+    sida_stream_destroy(stream);
+    return status;
+}
+
 static sida_status open_source(bench *b, sida_rng *rng) {
     sida_status status = SIDA_OK;
     const sida_net_config config = {.d_model = b->d_model,
@@ -57,6 +89,7 @@ static sida_status open_source(bench *b, sida_rng *rng) {
     const sida_weight embedding = {b->embedding, SIDA_BF16, VOCABULARY, b->d_model};
     SIDA_TRY(sida_lstm_source_create(&b->source, b->net, embedding, (sida_fingerprint){0},
                                      (sida_fingerprint){0}));
+    if (b->device) SIDA_TRY(place(b));
     SIDA_TRY(sida_hash_state_create(b->source, &b->state));
 out:
     return status;
@@ -89,10 +122,18 @@ out:
 }
 
 static void print(const bench *b) {
+    sida_device_info info;
     printf("{\"d_model\": %d, \"hidden\": %d, \"experts\": %d, \"batch\": %d, \"length\": %d, "
-           "\"top_k\": %d, \"parameters\": %lld, \"threads\": 1, \"samples_ms\": [",
+           "\"top_k\": %d, \"parameters\": %lld, \"threads\": 1, ",
            b->d_model, b->net->config.hidden, b->experts, b->sequences, b->length, b->k,
            (long long)b->net->parameter_count);
+    if (b->device) {
+        bool cpu = strcmp(b->backend->table->name, "cpu") == 0;
+        if (sida_backend_describe(b->backend, &info) != SIDA_OK) info = (sida_device_info){0};
+        printf("\"device\": \"%s\", \"device_bytes\": %zu, ", cpu ? "cpu" : info.name,
+               b->source->info.device_bytes);
+    }
+    printf("\"samples_ms\": [");
     for (int32_t i = 0; i < b->runs; i++) printf("%s%.6f", i > 0 ? ", " : "", b->samples_ms[i]);
     puts("]}");
 }
@@ -101,13 +142,15 @@ int main(int argc, char **argv) {
     bench b = {0};
     int32_t *const numbers[] = {&b.d_model, &b.experts, &b.sequences, &b.length, &b.k, &b.runs};
     int32_t count = sizeof numbers / sizeof *numbers;
-    bool good = argc == count + 1;
+    bool good = argc == count + 1 || argc == count + 2;
+    b.device = argc == count + 2 ? argv[count + 1] : NULL;
     for (int32_t i = 0; good && i < count; i++) {
         *numbers[i] = atoi(argv[i + 1]);
         good = *numbers[i] >= 1 && *numbers[i] <= 1 << 16;
     }
     if (!good) {
-        fprintf(stderr, "usage: bench_predictor D_MODEL EXPERTS SEQUENCES LENGTH K RUNS\n");
+        fprintf(stderr,
+                "usage: bench_predictor D_MODEL EXPERTS SEQUENCES LENGTH K RUNS [DEVICE]\n");
         return 2;
     }
 #ifdef _OPENMP
@@ -124,6 +167,8 @@ int main(int argc, char **argv) {
     sida_hash_table_free(&b.tables[1]);
     sida_hash_state_destroy(b.source, b.state);
     sida_hash_source_destroy(b.source);
+    sida_buffer_destroy(b.embedding_on_device);
+    sida_backend_destroy(b.backend);
     sida_net_destroy(b.net);
     free(b.embedding);
     free(b.offsets);

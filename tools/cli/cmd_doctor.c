@@ -186,7 +186,12 @@ static void describe_use(json_t *to, sida_backend *backend, bool cuda) {
     const char *kernels = sida_cpu_kernels_get()->name;
     sida_device_info info;
     if (sida_backend_describe(backend, &info) != SIDA_OK) info = (sida_device_info){0};
-    snprintf(predictor, sizeof predictor, "on the host, %s kernels", kernels);
+    const sida_ops *ops = sida_ops_of(backend);
+    if (cuda && ops->lstm && ops->sparsemax_attention)
+        snprintf(predictor, sizeof predictor,
+                 "on the device, on streams of its own (own kernels, and cuBLAS)");
+    else
+        snprintf(predictor, sizeof predictor, "on the host, %s kernels", kernels);
     if (!cuda)
         snprintf(forward, sizeof forward, "%s kernels and OpenBLAS on %d threads", kernels,
                  sida_ops_threads());

@@ -1,0 +1,268 @@
+#include "runtime/predictor/net_device_private.h"
+
+#include "formats/base/memory.h"
+
+#include <assert.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ALIGNMENT = 256, LINEARS_MAX = 3 + 2 * SIDA_NET_LSTM_MAX };
+
+/* --- memory, laid out as it is taken; base NULL only counts */
+
+typedef struct layout {
+    char *base;
+    size_t used;
+    bool overflow;
+} layout;
+
+static void *part(layout *at, int64_t rows, int64_t width, size_t size) {
+    size_t bytes, end;
+    if (sida_mul_overflow((size_t)rows, (size_t)width, &bytes) ||
+        sida_mul_overflow(bytes, size, &bytes) || sida_add_overflow(bytes, ALIGNMENT - 1, &bytes) ||
+        sida_add_overflow(at->used, bytes / ALIGNMENT * ALIGNMENT, &end)) {
+        at->overflow = true;
+        return NULL;
+    }
+    void *start = at->base ? at->base + at->used : NULL;
+    at->used = end;
+    return start;
+}
+
+static float *floats(layout *at, int64_t rows, int64_t width) {
+    return part(at, rows, width, sizeof(float));
+}
+
+static int64_t larger(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+static int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static int64_t outputs_of(const sida_net_device *device) {
+    return larger(device->config.layers[0], device->config.layers[1]) * device->config.experts;
+}
+
+/* The arrays that host and device both have. */
+static void lay_shared(char **index, char **results, layout *at, const sida_net_device *device,
+                       int64_t rows) {
+    const sida_net_config *c = &device->config;
+    int64_t layers = larger(c->layers[0], c->layers[1]);
+    *index = part(at, 10 * (int64_t)device->limits.sequences + 2 + rows, 1, sizeof(int32_t));
+    *results = part(at, rows, layers * device->limits.k, sizeof(int32_t) + sizeof(float));
+}
+
+static void lay_lane(sida_net_lane *lane, layout *at, const sida_net_device *device) {
+    const sida_net_config *c = &device->config;
+    int64_t rows = lane->rows, h = c->hidden;
+    int64_t chunk = smaller(rows, SIDA_NET_CHUNK_ROWS) * larger(c->d_model, outputs_of(device));
+    lay_shared(&lane->index, &lane->results, at, device, rows);
+    lane->wide = floats(at, larger(rows * 4 * h, chunk), 1);
+    lane->compressed = floats(at, rows, h);
+    lane->mixed = floats(at, rows, h);
+    /* The encoder's go to the state where the decoder attends to them. */
+    bool kept = c->layers[0] > 0 && c->layers[1] > 0;
+    lane->out = floats(at, kept ? device->limits.step_tokens : rows, h);
+    lane->workspace = floats(at, device->limits.sequences, 5 * h);
+}
+
+static void lay_states(layout *at, sida_net_device *device) {
+    const sida_hash_limits *l = &device->limits;
+    const sida_net_config *c = &device->config;
+    int64_t h = c->hidden;
+    bool encoder = c->layers[0] > 0, decoder = c->layers[1] > 0;
+    for (int32_t i = 0; decoder && i < l->states; i++) {
+        sida_net_device_state *state = &device->states[i];
+        if (encoder) state->trunk = floats(at, l->input_tokens, h);
+        state->carry = floats(at, 2 * (int64_t)c->lstm_layers * l->sequences, h);
+        state->memory = floats(at, (int64_t)l->sequences * l->decoder_positions, h);
+    }
+}
+
+/* Returns how many there are. */
+static int linears_of(sida_net_linear *out[LINEARS_MAX], sida_net_trunk *trunk, int layers) {
+    int count = 0;
+    out[count++] = &trunk->compress;
+    for (int l = 0; l < layers; l++) {
+        out[count++] = &trunk->input[l];
+        out[count++] = &trunk->recurrent[l];
+    }
+    out[count++] = &trunk->residual;
+    out[count++] = &trunk->heads;
+    return count;
+}
+
+static void lay_parameters(layout *at, sida_net_device *device) {
+    for (int side = 0; side < 2; side++) {
+        sida_net_linear *all[LINEARS_MAX];
+        if (!device->trunks[side].present) continue;
+        int count = linears_of(all, &device->trunks[side], device->config.lstm_layers);
+        for (int i = 0; i < count; i++) {
+            all[i]->weight = floats(at, all[i]->rows, all[i]->cols);
+            all[i]->bias = floats(at, all[i]->rows, 1);
+        }
+    }
+}
+
+/* --- making one */
+
+bool sida_net_device_possible(const sida_backend *backend) {
+    const sida_ops *ops = sida_ops_of(backend);
+    return ops->lstm && ops->sparsemax_attention;
+}
+
+static sida_status take(sida_net_device *device, sida_buffer **out, sida_memory_kind kind,
+                        const layout *counted, const char *what) {
+    if (counted->overflow)
+        return sida_fail(SIDA_ERROR_MEMORY, "%s: larger than memory can be", what);
+    return sida_buffer_create(device->backend, out, kind, counted->used, what);
+}
+
+static sida_status open_lane(sida_net_device *device, sida_net_lane *lane, int64_t rows) {
+    sida_status status = SIDA_OK;
+    lane->rows = rows;
+    layout at = {0}, host = {0};
+    lay_lane(lane, &at, device);
+    SIDA_TRY(take(device, &lane->device, SIDA_MEMORY_DEVICE, &at, "the predictor's workspace"));
+    lay_lane(lane, &(layout){.base = lane->device->data}, device);
+    lay_shared(&lane->host_index, &lane->host_results, &host, device, rows);
+    SIDA_TRY(take(device, &lane->host, SIDA_MEMORY_HOST, &host, "the predictor's host arrays"));
+    host = (layout){.base = lane->host->data};
+    lay_shared(&lane->host_index, &lane->host_results, &host, device, rows);
+    SIDA_TRY(sida_stream_create(device->backend, &lane->stream, SIDA_STREAM_COMPUTE));
+    /* The products of one row are no library's. */
+    if (!device->ops->prepare || rows == 1) goto out;
+    SIDA_TRY(device->ops->prepare(lane->stream));
+    lane->stream_bytes = device->ops->stream_bytes;
+out:
+    return status;
+}
+
+static sida_status copy_parameters(sida_net_device *device, const sida_net *net) {
+    sida_status status = SIDA_OK;
+    sida_stream *stream = device->lanes[0].stream;
+    layout at = {0};
+    lay_parameters(&at, device);
+    SIDA_TRY(
+        take(device, &device->parameters, SIDA_MEMORY_DEVICE, &at, "the predictor's parameters"));
+    lay_parameters(&(layout){.base = device->parameters->data}, device);
+    for (int side = 0; side < 2; side++) {
+        sida_net_linear *to[LINEARS_MAX], *from[LINEARS_MAX];
+        sida_net_trunk source = net->trunks[side];
+        if (!source.present) continue;
+        int count = linears_of(to, &device->trunks[side], device->config.lstm_layers);
+        linears_of(from, &source, device->config.lstm_layers);
+        for (int i = 0; i < count; i++) {
+            size_t row = (size_t)to[i]->rows * sizeof(float);
+            SIDA_TRY(sida_copy(stream, to[i]->weight, from[i]->weight, row * (size_t)to[i]->cols));
+            SIDA_TRY(sida_copy(stream, to[i]->bias, from[i]->bias, row));
+        }
+    }
+    SIDA_TRY(sida_stream_synchronize(stream));
+out:
+    return status;
+}
+
+static sida_status open_states(sida_net_device *device) {
+    sida_status status = SIDA_OK;
+    const sida_hash_limits *l = &device->limits;
+    int64_t rows = (int64_t)l->sequences + 1;
+    layout at = {0};
+    SIDA_TRY(SIDA_ALLOC(&device->states, l->states, "a predictor's states"));
+    SIDA_TRY(SIDA_ALLOC(&device->offsets, rows * l->states, "a predictor's states"));
+    SIDA_TRY(SIDA_ALLOC(&device->positions, rows * l->states, "a predictor's states"));
+    lay_states(&at, device);
+    SIDA_TRY(
+        take(device, &device->states_memory, SIDA_MEMORY_DEVICE, &at, "the predictor's states"));
+    lay_states(&(layout){.base = device->states_memory->data}, device);
+    for (int32_t i = 0; i < l->states; i++) {
+        device->states[i].device = device;
+        device->states[i].offsets = device->offsets + i * rows;
+        device->states[i].position = device->positions + i * rows;
+    }
+    SIDA_TRY(sida_buffer_create(device->backend, &device->zeros, SIDA_MEMORY_HOST,
+                                SIDA_NET_ZERO_BYTES, "the predictor's host arrays"));
+    memset(device->zeros->data, 0, SIDA_NET_ZERO_BYTES);
+out:
+    return status;
+}
+
+sida_status sida_net_device_create(sida_net_device **out, const sida_net *net,
+                                   sida_backend *backend, sida_weight embedding,
+                                   const sida_hash_limits *limits) {
+    assert(sida_net_device_possible(backend) && embedding.cols == net->config.d_model);
+    assert(limits->states >= 1 && limits->sequences >= 1 && limits->input_tokens >= 1 &&
+           limits->step_tokens >= 1 && limits->decoder_positions >= 1 && limits->k >= 1 &&
+           limits->k <= net->config.experts);
+    sida_status status = SIDA_OK;
+    sida_net_device *device = NULL;
+    *out = NULL;
+    SIDA_TRY(SIDA_ALLOC(&device, 1, "a predictor on a device"));
+    device->backend = backend;
+    device->ops = sida_ops_of(backend);
+    device->config = net->config;
+    device->trunks[0] = net->trunks[0];
+    device->trunks[1] = net->trunks[1];
+    device->embedding = embedding;
+    device->limits = *limits;
+    pthread_mutex_init(&device->mutex, NULL);
+    for (int i = 0; i < SIDA_LANES; i++) pthread_mutex_init(&device->lanes[i].mutex, NULL);
+    SIDA_TRY(open_lane(device, &device->lanes[SIDA_LANE_AHEAD],
+                       larger(limits->input_tokens, limits->step_tokens)));
+    SIDA_TRY(open_lane(device, &device->lanes[SIDA_LANE_STEPS], limits->step_tokens));
+    SIDA_TRY(copy_parameters(device, net));
+    SIDA_TRY(open_states(device));
+    *out = device;
+    device = NULL;
+out:
+    sida_net_device_destroy(device);
+    return status;
+}
+
+void sida_net_device_destroy(sida_net_device *device) {
+    if (!device) return;
+    for (int i = 0; i < SIDA_LANES; i++) {
+        sida_net_lane *lane = &device->lanes[i];
+        sida_stream_destroy(lane->stream);
+        sida_buffer_destroy(lane->device);
+        sida_buffer_destroy(lane->host);
+        pthread_mutex_destroy(&lane->mutex);
+    }
+    for (int32_t i = 0; device->states && i < device->limits.states; i++)
+        assert(!device->states[i].taken && "states go before their source");
+    sida_buffer_destroy(device->parameters);
+    sida_buffer_destroy(device->states_memory);
+    sida_buffer_destroy(device->zeros);
+    pthread_mutex_destroy(&device->mutex);
+    free(device->states);
+    free(device->offsets);
+    free(device->positions);
+    free(device);
+}
+
+size_t sida_net_device_bytes(const sida_net_device *device) {
+    size_t bytes = device->parameters->bytes + device->states_memory->bytes;
+    for (int i = 0; i < SIDA_LANES; i++)
+        bytes += device->lanes[i].device->bytes + device->lanes[i].stream_bytes;
+    return bytes;
+}
+
+sida_status sida_net_device_take(sida_net_device *device, sida_net_device_state **out) {
+    *out = NULL;
+    pthread_mutex_lock(&device->mutex);
+    for (int32_t i = 0; !*out && i < device->limits.states; i++)
+        if (!device->states[i].taken) *out = &device->states[i];
+    if (*out) (*out)->taken = true;
+    pthread_mutex_unlock(&device->mutex);
+    if (*out) return SIDA_OK;
+    return sida_fail(SIDA_ERROR_ARGUMENT, "a predictor that was placed for %d batches at a time",
+                     device->limits.states);
+}
+
+void sida_net_device_give(sida_net_device_state *state) {
+    if (!state) return;
+    pthread_mutex_lock(&state->device->mutex);
+    state->taken = state->encoded = false;
+    pthread_mutex_unlock(&state->device->mutex);
+}
