@@ -19,9 +19,6 @@
 #endif
 
 enum { most_batch = 4096, most_tokens = 65536, most_queue = 1024 };
-/* Of a size, set aside for what driver and libraries take after it was divided: kernels are loaded
- * when they first run, graphs are made, allocations are rounded up. */
-static const size_t driver_reserve_bytes = (size_t)64 << 20;
 /* Between two questions to the driver during a run. */
 static const double sample_interval_s = 0.1;
 
@@ -150,7 +147,7 @@ static sida_status measure_driver(sida_engine *engine) {
     size_t overhead;
     sida_status status = sida_backend_measure_overhead(engine->backend, &overhead);
     if (status != SIDA_OK) return status;
-    size_t reserve = engine->backend->table->driver_used ? driver_reserve_bytes : 0;
+    size_t reserve = engine->backend->table->driver_used ? SIDA_BUDGET_DRIVER_RESERVE_BYTES : 0;
     if (engine->needs.driver_bytes < overhead + reserve)
         engine->needs.driver_bytes = overhead + reserve;
     return SIDA_OK;

@@ -29,6 +29,10 @@ typedef struct sida_budget_needs {
     size_t driver_bytes; /* driver and libraries; counts where the budget is a size */
 } sida_budget_needs;
 
+/* Set aside beside what driver and libraries have when that is measured, for what they take later:
+ * kernels are loaded when they first run, graphs are made, allocations are rounded up. */
+enum { SIDA_BUDGET_DRIVER_RESERVE_BYTES = 64 << 20 };
+
 /* ARGUMENT for anything else. */
 sida_status sida_budget_parse(sida_budget *out, const char *text);
 

@@ -24,18 +24,14 @@ static inline cudaStream_t stream_of(sida_stream *stream) {
     return sida_cuda_stream_of(stream)->stream;
 }
 
-/* After a launch. */
-static inline sida_status launched(const char *kernel) {
-    return sida_cuda_check(cudaGetLastError(), kernel);
-}
-
 /* --- launches
  *
  * On compute capability 9.0 and later a kernel may start while the one before it on the stream is
  * ending (programmatic dependent launch). Every kernel therefore calls await_inputs() in every
  * thread before it reads what another kernel wrote or writes anything at all; what it reads before
- * that must be weights and index arrays that no kernel writes. allow_next() says that the next may
- * start; it costs the next one nothing to wait, so it is called early. */
+ * that must be weights and index arrays that no kernel writes (expert_cuda.cu has one more case).
+ * allow_next() says that the next may start; it costs the next one nothing to wait, so it is called
+ * early. */
 
 __device__ inline void await_inputs(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -29,9 +29,6 @@ enum {
 
 enum { LINK_BYTES = 64 << 20, TABLE_PLACES = 3 };
 
-/* Of a size, set aside for what driver and libraries take yet, as the engine does. */
-static const size_t driver_reserve_bytes = (size_t)64 << 20;
-
 static const struct argp_option argp_options[] = {
     {0, 0, 0, 0, "What runs", 1},
     {"synthetic", KEY_SYNTHETIC, "base-E", 0,
@@ -231,7 +228,7 @@ static sida_status divide_memory(sida_bench *s, size_t dense_bytes) {
     size_t driver_bytes;
     sida_backend_memory(s->backend, &usage);
     SIDA_TRY(sida_backend_measure_overhead(s->backend, &driver_bytes));
-    if (s->backend->table->driver_used) driver_bytes += driver_reserve_bytes;
+    if (s->backend->table->driver_used) driver_bytes += SIDA_BUDGET_DRIVER_RESERVE_BYTES;
     const sida_budget_needs needs = {.experts = (int64_t)s->info->sites * s->info->experts,
                                      .slot_bytes = sida_store_slot_bytes(s->info->expert_bytes),
                                      .dense_bytes = dense_bytes,
