@@ -25,6 +25,7 @@ static const struct {
     [SIDA_CORPUS_SST2] = {"sst2", sida_corpus_next_sst2, SIDA_SCORE_EXACT_MATCH, sst2_labels},
     [SIDA_CORPUS_MRPC] = {"mrpc", sida_corpus_next_mrpc, SIDA_SCORE_F1, mrpc_labels},
     [SIDA_CORPUS_MULTIRC] = {"multirc", sida_corpus_next_multirc, SIDA_SCORE_F1, multirc_labels},
+    [SIDA_CORPUS_SPANS] = {"span-corruption", sida_corpus_next_text, SIDA_SCORE_NONE, NULL},
 };
 enum { FORMATS = sizeof formats / sizeof *formats };
 
@@ -42,7 +43,7 @@ const char *sida_corpus_format_name(sida_corpus_format format) {
 }
 
 const char *sida_corpus_format_names(void) {
-    return "text|jsonl|tsv|sst2|mrpc|multirc";
+    return "text|jsonl|tsv|sst2|mrpc|multirc|span-corruption";
 }
 
 sida_score_kind sida_corpus_score_kind(sida_corpus_format format) {
@@ -77,12 +78,16 @@ void sida_corpus_close(sida_corpus *corpus) {
 }
 
 sida_status sida_corpus_next(sida_corpus *corpus, sida_record *record, bool *more) {
-    *record = (sida_record){NULL, NULL, -1, 0};
+    *record = (sida_record){.label = -1};
     *more = false;
     sida_status status = formats[corpus->format].next(corpus, record, more);
     if (status != SIDA_OK) *more = false;
     if (*more) record->line = sida_lines_number(corpus->lines);
     return status;
+}
+
+sida_corpus_format sida_corpus_get_format(const sida_corpus *corpus) {
+    return corpus->format;
 }
 
 const char *sida_corpus_path(const sida_corpus *corpus) {
@@ -103,20 +108,26 @@ sida_status sida_corpus_fail(const sida_corpus *corpus, const char *format, ...)
                      (long long)sida_lines_number(corpus->lines), reason);
 }
 
-sida_status sida_corpus_prompt(sida_corpus *corpus, const char *first, ...) {
+sida_status sida_corpus_prompt(sida_corpus *corpus, sida_record *record, const char *first, ...) {
     sida_text_buffer *prompt = &corpus->prompt;
     sida_status status = SIDA_OK;
     va_list parts;
     va_start(parts, first);
     prompt->used = 0;
+    prompt->parts = 0;
     for (const char *part = first; part && status == SIDA_OK; part = va_arg(parts, const char *)) {
         size_t bytes = strlen(part);
         status = SIDA_GROW(&prompt->text, &prompt->capacity, prompt->used + bytes + 1, "a prompt");
         if (status != SIDA_OK) break;
         memcpy(prompt->text + prompt->used, part, bytes + 1);
         prompt->used += bytes;
+        assert(prompt->parts < SIDA_CORPUS_PARTS);
+        prompt->ends[prompt->parts++] = prompt->used;
     }
     va_end(parts);
+    record->input = prompt->text;
+    record->ends = prompt->ends;
+    record->parts = prompt->parts;
     return status;
 }
 

@@ -9,6 +9,8 @@
  *            not_equivalent | equivalent
  *   multirc  SuperGLUE's JSONL; "multirc question: … answer: … paragraph: …" -> False | True, one
  *            record an answer
+ *   span-corruption
+ *            text, out of which the batcher (batch.h) cuts spans: what is left -> what was cut out
  * A byte order mark in front of the first line and a "\r" at the end of a line are dropped in all
  * formats. Members of JSON objects that are not named here are ignored; "label" is a whole number
  * from 0 on (multirc: 0 or 1, absent in its test set).
@@ -32,19 +34,20 @@ typedef enum sida_corpus_format {
     SIDA_CORPUS_TSV,
     SIDA_CORPUS_SST2,
     SIDA_CORPUS_MRPC,
-    SIDA_CORPUS_MULTIRC
+    SIDA_CORPUS_MULTIRC,
+    SIDA_CORPUS_SPANS
 } sida_corpus_format;
 
 /* False when `name` is no format's. */
 bool sida_corpus_format_from_name(sida_corpus_format *out, const char *name);
-/* "text" … "multirc". */
+/* "text" … "span-corruption". */
 const char *sida_corpus_format_name(sida_corpus_format format);
-/* "text|jsonl|tsv|sst2|mrpc|multirc", for messages. */
+/* "text|jsonl|tsv|sst2|mrpc|multirc|span-corruption", for messages. */
 const char *sida_corpus_format_names(void);
 
 /* How a labelled format is scored. */
 typedef enum sida_score_kind {
-    SIDA_SCORE_NONE,        /* no targets (text) */
+    SIDA_SCORE_NONE,        /* no targets (text), or none to be met word for word (spans) */
     SIDA_SCORE_EXACT_MATCH, /* share of answers equal to the target (sst2: accuracy; tsv, jsonl) */
     SIDA_SCORE_F1           /* F1 of the positive label (equivalent, True) */
 } sida_score_kind;
@@ -54,6 +57,9 @@ const char *const *sida_corpus_labels(sida_corpus_format format);
 
 typedef struct sida_record {
     const char *input;  /* UTF-8, the task's prompt included; borrowed until the next call */
+    const size_t *ends; /* [parts] where the input's parts end, in bytes: in turn a fixed one of the
+                         * task and one of the text */
+    int32_t parts;      /* 0: all of the input is text */
     const char *target; /* NULL: none */
     int32_t label;      /* -1: none */
     int64_t line;       /* 1-based, in the file */
@@ -64,6 +70,7 @@ sida_status sida_corpus_open(sida_corpus **out, sida_corpus_format format, const
 void sida_corpus_close(sida_corpus *corpus);
 /* The next record; *more = false (and no record) at the end. */
 sida_status sida_corpus_next(sida_corpus *corpus, sida_record *record, bool *more);
+sida_corpus_format sida_corpus_get_format(const sida_corpus *corpus);
 /* The file's path, for messages; borrowed. */
 const char *sida_corpus_path(const sida_corpus *corpus);
 /* Bytes of the (packed) file consumed so far, and in all: for progress bars. */

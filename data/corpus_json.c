@@ -101,9 +101,8 @@ sida_status sida_corpus_next_multirc(sida_corpus *corpus, sida_record *record, b
     answer_text = json_string_value(json_object_get(answer, "text"));
     if (!answer_text) return sida_corpus_fail(corpus, "an answer without \"text\"");
     SIDA_TRY(label_member(corpus, &record->label, answer, 1));
-    SIDA_TRY(sida_corpus_prompt(corpus, "multirc question: ", question_text,
+    SIDA_TRY(sida_corpus_prompt(corpus, record, "multirc question: ", question_text,
                                 " answer: ", answer_text, " paragraph: ", paragraph, NULL));
-    record->input = corpus->prompt.text;
     if (record->label >= 0) record->target = sida_corpus_labels(corpus->format)[record->label];
     *more = true;
 out:

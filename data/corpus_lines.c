@@ -24,8 +24,8 @@ static sida_status read_label(const sida_corpus *corpus, int32_t *label, const c
     return SIDA_OK;
 }
 
-static sida_status labelled(sida_corpus *corpus, sida_record *record, int32_t label, bool *more) {
-    record->input = corpus->prompt.text;
+static sida_status labelled(const sida_corpus *corpus, sida_record *record, int32_t label,
+                            bool *more) {
     record->label = label;
     record->target = sida_corpus_labels(corpus->format)[label];
     *more = true;
@@ -79,7 +79,7 @@ sida_status sida_corpus_next_sst2(sida_corpus *corpus, sida_record *record, bool
         return sida_corpus_fail(corpus, "not two fields; expected sentence<TAB>label");
     if (sida_corpus_is_blank(fields[0])) return sida_corpus_fail(corpus, "the sentence is empty");
     SIDA_TRY(read_label(corpus, &label, fields[1]));
-    SIDA_TRY(sida_corpus_prompt(corpus, "sst2 sentence: ", fields[0], NULL));
+    SIDA_TRY(sida_corpus_prompt(corpus, record, "sst2 sentence: ", fields[0], NULL));
     status = labelled(corpus, record, label, more);
 out:
     return status;
@@ -100,8 +100,8 @@ sida_status sida_corpus_next_mrpc(sida_corpus *corpus, sida_record *record, bool
     if (sida_corpus_is_blank(fields[3]) || sida_corpus_is_blank(fields[4]))
         return sida_corpus_fail(corpus, "a sentence is empty");
     SIDA_TRY(read_label(corpus, &label, fields[0]));
-    SIDA_TRY(
-        sida_corpus_prompt(corpus, "mrpc sentence1: ", fields[3], " sentence2: ", fields[4], NULL));
+    SIDA_TRY(sida_corpus_prompt(corpus, record, "mrpc sentence1: ", fields[3],
+                                " sentence2: ", fields[4], NULL));
     status = labelled(corpus, record, label, more);
 out:
     return status;

@@ -7,9 +7,14 @@
 
 #include <jansson.h>
 
+/* Strings of the longest prompt. */
+enum { SIDA_CORPUS_PARTS = 6 };
+
 typedef struct sida_text_buffer {
     char *text;
     size_t used, capacity;
+    size_t ends[SIDA_CORPUS_PARTS]; /* of a prompt's parts */
+    int32_t parts;
 } sida_text_buffer;
 
 struct sida_corpus {
@@ -25,8 +30,9 @@ struct sida_corpus {
 sida_status sida_corpus_fail(const sida_corpus *corpus, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
 
-/* Sets the prompt to the given strings end to end; NULL ends the list. */
-sida_status sida_corpus_prompt(sida_corpus *corpus, const char *first, ...)
+/* Makes the record's input of the given strings end to end, in turn a fixed one of the task and one
+ * of the text; NULL ends the list. */
+sida_status sida_corpus_prompt(sida_corpus *corpus, sida_record *record, const char *first, ...)
     __attribute__((sentinel));
 
 /* True when `text` has no character but ASCII white space. */

@@ -10,7 +10,7 @@
 #define SIDE_PATHS(side)                                                                           \
     {                                                                                              \
         side "/tokens", side "/offsets", side "/experts", side "/alpha", side "/dropped",          \
-            side "/top_ids", side "/top_logp"                                                      \
+            side "/top_ids", side "/top_logp", side "/content"                                     \
     }
 const char *const sida_trace_paths[2][SIDA_TRACE_FIELDS] = {SIDE_PATHS("encoder"),
                                                             SIDE_PATHS("decoder")};
@@ -144,6 +144,9 @@ sida_status sida_trace_append_side(sida_trace_writer *writer, int side, int32_t 
     int64_t chosen[2] = {layers, info->top_k}, top[2] = {layers, info->top};
     sida_h5_file *file = writer->file;
     SIDA_TRY(sida_h5_append(file, paths[SIDA_TRACE_TOKENS], SIDA_H5_I32, 1, NULL, n, rows->tokens));
+    if (info->has_content)
+        SIDA_TRY(
+            sida_h5_append(file, paths[SIDA_TRACE_CONTENT], SIDA_H5_U8, 1, NULL, n, rows->content));
     if (layers == 0) goto out;
     SIDA_TRY(
         sida_h5_append(file, paths[SIDA_TRACE_EXPERTS], SIDA_H5_U16, 3, chosen, n, rows->experts));

@@ -22,12 +22,14 @@ typedef struct sida_trace_info {
     int32_t layers[2];
     int64_t sequences, tokens[2];
     bool has_targets;
+    bool has_content; /* it says which tokens are content (formats/README.md) */
 } sida_trace_info;
 void sida_trace_info_free(sida_trace_info *info);
 
 /* One side's rows, in memory. Any pointer may be NULL when reading: then it is not read. */
 typedef struct sida_trace_rows {
     int32_t *tokens;    /* [n] */
+    uint8_t *content;   /* [n] 1: content; only where info.has_content */
     uint16_t *experts;  /* [n, L, k] */
     float *alpha;       /* [n, L, k] */
     uint8_t *dropped;   /* [n, L] */
@@ -76,7 +78,8 @@ sida_h5_kind sida_trace_kind(const sida_trace *trace);
 /* [S + 1], borrowed. */
 const int64_t *sida_trace_offsets(const sida_trace *trace, int side);
 /* Tokens [first, first + count) of a side. Range-checks tokens (< vocabulary), experts and top_ids
- * (< E), and refuses NaN: FORMAT with the dataset's name. */
+ * (< E), and refuses NaN: FORMAT with the dataset's name. content stays as it is where the trace
+ * has none. */
 sida_status sida_trace_read(sida_trace *trace, int side, int64_t first, int64_t count,
                             const sida_trace_rows *out);
 /* Fields of sequences [first, first + count); any pointer may be NULL. */

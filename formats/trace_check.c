@@ -420,6 +420,21 @@ out:
     return status;
 }
 
+/* Which tokens are content: of both sides or of none. */
+static sida_status check_content(check *c, int side, int64_t tokens) {
+    const char *path = sida_trace_paths[side][SIDA_TRACE_CONTENT];
+    const column flags = {path, SIDA_H5_U8, "token", false, visit_flags, {NO_FLAG}};
+    const axis n = {tokens, "the number of tokens"};
+    int64_t rows;
+    if (!sida_h5_exists(c->file, path)) {
+        if (tokens > 0 && sida_h5_exists(c->file, sida_trace_paths[!side][SIDA_TRACE_CONTENT]))
+            tell(c, "dataset %s is missing, but the other side's is there", path);
+        return SIDA_OK;
+    }
+    if (!check_shape(c, path, SIDA_H5_U8, 1, &n, &rows)) return SIDA_OK;
+    return check_values(c, &flags, rows, 1, 1);
+}
+
 /* *all: tokens of the sides so far, UNKNOWN once one is. */
 static sida_status check_side(check *c, int side, int64_t *all) {
     const char *const *paths = sida_trace_paths[side];
@@ -427,6 +442,7 @@ static sida_status check_side(check *c, int side, int64_t *all) {
     sida_status status = SIDA_OK;
     if (c->layers[side] == 0 && !sida_h5_exists(c->file, paths[SIDA_TRACE_TOKENS])) goto out;
     SIDA_TRY(check_ids(c, paths[SIDA_TRACE_TOKENS], paths[SIDA_TRACE_OFFSETS], &tokens));
+    SIDA_TRY(check_content(c, side, tokens));
     if (c->layers[side] != 0) SIDA_TRY(check_routing(c, side, tokens));
     *all = tokens == UNKNOWN || *all == UNKNOWN ? UNKNOWN : *all + tokens;
 out:

@@ -22,6 +22,7 @@ typedef enum sida_trace_field {
     SIDA_TRACE_DROPPED,
     SIDA_TRACE_TOP_IDS,
     SIDA_TRACE_TOP_LOGP,
+    SIDA_TRACE_CONTENT, /* optional */
     SIDA_TRACE_FIELDS
 } sida_trace_field;
 

@@ -13,6 +13,7 @@ struct sida_trace {
     sida_h5_file *file;
     sida_trace_info info;
     int64_t *offsets[2], *target_offsets;
+    bool has_content[2];
 };
 
 static sida_status fail(const sida_trace *trace, const char *what, const char *reason) {
@@ -113,6 +114,10 @@ static sida_status open_side(sida_trace *trace, int side) {
         return SIDA_ALLOC(&trace->offsets[side], info->sequences + 1, "a trace's offsets");
     SIDA_TRY(sida_h5_shape(trace->file, paths[SIDA_TRACE_TOKENS], SIDA_H5_I32, 1, n));
     SIDA_TRY(read_offsets(&trace->offsets[side], trace, paths[SIDA_TRACE_OFFSETS], *n));
+    if (sida_h5_exists(trace->file, paths[SIDA_TRACE_CONTENT])) {
+        SIDA_TRY(check_shape(trace, paths[SIDA_TRACE_CONTENT], SIDA_H5_U8, 1, n));
+        trace->has_content[side] = info->has_content = true;
+    }
     if (layers == 0) goto out;
     const int64_t chosen[3] = {*n, layers, info->top_k}, top[3] = {*n, layers, info->top};
     SIDA_TRY(check_shape(trace, paths[SIDA_TRACE_EXPERTS], SIDA_H5_U16, 3, chosen));
@@ -122,6 +127,16 @@ static sida_status open_side(sida_trace *trace, int side) {
     SIDA_TRY(check_shape(trace, paths[SIDA_TRACE_TOP_LOGP], SIDA_H5_F16, 3, top));
 out:
     return status;
+}
+
+/* Both sides say what is content, or none. */
+static sida_status check_content(const sida_trace *trace) {
+    for (int side = 0; side < 2; side++)
+        if (trace->info.has_content && !trace->has_content[side] && trace->info.tokens[side] > 0)
+            return sida_fail(SIDA_ERROR_FORMAT,
+                             "%s: dataset %s is missing, but the other side's is there",
+                             sida_h5_path(trace->file), sida_trace_paths[side][SIDA_TRACE_CONTENT]);
+    return SIDA_OK;
 }
 
 static sida_status open_sequences(sida_trace *trace) {
@@ -160,6 +175,7 @@ sida_status sida_trace_open(sida_trace **out, const char *path) {
     SIDA_TRY(read_attributes(trace));
     SIDA_TRY(sida_h5_shape(trace->file, "sequence/line", SIDA_H5_I64, 1, &trace->info.sequences));
     for (int side = 0; side < 2; side++) SIDA_TRY(open_side(trace, side));
+    SIDA_TRY(check_content(trace));
     SIDA_TRY(open_sequences(trace));
     *out = trace;
     trace = NULL;
@@ -219,6 +235,13 @@ static sida_status check_floats(const sida_trace *trace, const char *path, const
     return SIDA_OK;
 }
 
+static sida_status check_flags(const sida_trace *trace, const char *path, const uint8_t *flags,
+                               int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (flags[i] > 1) return fail(trace, path, "has a flag that is neither 0 nor 1");
+    return SIDA_OK;
+}
+
 static sida_status check_range(const sida_trace *trace, const char *what, int64_t first,
                                int64_t count, int64_t all) {
     if (first >= 0 && count >= 0 && first <= all && count <= all - first) return SIDA_OK;
@@ -240,6 +263,11 @@ sida_status sida_trace_read(sida_trace *trace, int side, int64_t first, int64_t 
         SIDA_TRY(sida_h5_read_rows(file, path, SIDA_H5_I32, first, count, out->tokens));
         SIDA_TRY(check_ids(trace, path, out->tokens, count));
     }
+    if (out->content && trace->has_content[side]) {
+        const char *path = paths[SIDA_TRACE_CONTENT];
+        SIDA_TRY(sida_h5_read_rows(file, path, SIDA_H5_U8, first, count, out->content));
+        SIDA_TRY(check_flags(trace, path, out->content, count));
+    }
     int64_t cells = count * info->layers[side];
     if (cells == 0) goto out;
     if (out->experts) {
@@ -255,8 +283,7 @@ sida_status sida_trace_read(sida_trace *trace, int side, int64_t first, int64_t 
     if (out->dropped) {
         const char *path = paths[SIDA_TRACE_DROPPED];
         SIDA_TRY(sida_h5_read_rows(file, path, SIDA_H5_U8, first, count, out->dropped));
-        for (int64_t i = 0; i < cells; i++)
-            if (out->dropped[i] > 1) return fail(trace, path, "has a flag that is neither 0 nor 1");
+        SIDA_TRY(check_flags(trace, path, out->dropped, cells));
     }
     if (out->top_ids) {
         const char *path = paths[SIDA_TRACE_TOP_IDS];
@@ -363,6 +390,7 @@ sida_status sida_trace_rows_alloc(sida_trace_rows *rows, int32_t layers, int32_t
         SIDA_FAIL(SIDA_ERROR_MEMORY, "a trace's rows: %lld tokens of %d layers are too many",
                   (long long)tokens, layers);
     SIDA_TRY(SIDA_ALLOC(&rows->tokens, tokens, "tokens"));
+    SIDA_TRY(SIDA_ALLOC(&rows->content, tokens, "flags"));
     SIDA_TRY(SIDA_ALLOC(&rows->experts, cells * (size_t)top_k, "experts"));
     SIDA_TRY(SIDA_ALLOC(&rows->alpha, cells * (size_t)top_k, "factors"));
     SIDA_TRY(SIDA_ALLOC(&rows->dropped, cells, "flags"));
@@ -375,6 +403,7 @@ out:
 
 void sida_trace_rows_free(sida_trace_rows *rows) {
     free(rows->tokens);
+    free(rows->content);
     free(rows->experts);
     free(rows->alpha);
     free(rows->dropped);

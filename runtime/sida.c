@@ -1,41 +1,14 @@
-/* The public face: opens what an engine needs, and makes one report of one or two passes. */
-#include "runtime/sida.h"
+/* The public face: opens what an engine needs. */
+#include "runtime/sida_private.h"
 
-#include "data/batch.h"
-#include "formats/base/clock.h"
 #include "formats/base/file.h"
-#include "formats/base/log.h"
 #include "formats/base/memory.h"
-#include "formats/tokenizer.h"
-#include "runtime/engine/budget.h"
-#include "runtime/engine/pass.h"
-#include "runtime/engine/score.h"
+#include "runtime/predictor/sources.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 enum { most_batch = 4096, most_tokens = 65536, most_queue = 1024 };
-/* Between two questions to the driver during a run. */
-static const double sample_interval_s = 0.1;
-
-struct sida_engine {
-    sida_backend *backend;
-    sida_model *model;
-    sida_run *run;
-    sida_resident *resident; /* NULL: experts come through slots */
-    sida_tokenizer *tokenizer;
-    sida_hash_source *source;
-    const sida_policy *policy;
-    sida_routing routing;
-    sida_engine_options options; /* its strings are not kept */
-    sida_budget budget;
-    sida_budget_needs needs;
-    sida_engine_facts facts;
-};
 
 const char *sida_version(void) {
     return SIDA_VERSION;
@@ -55,7 +28,7 @@ const char *sida_error_name(sida_status status) {
 
 /* --- opening */
 
-static sida_status check_number(const char *name, int64_t value, int64_t low, int64_t high) {
+sida_status sida_engine_check_number(const char *name, int64_t value, int64_t low, int64_t high) {
     if (value >= low && value <= high) return SIDA_OK;
     return sida_fail(SIDA_ERROR_ARGUMENT, "%s %lld: expected %lld to %lld", name, (long long)value,
                      (long long)low, (long long)high);
@@ -78,12 +51,21 @@ static sida_status check_options(sida_engine *engine, const sida_engine_options 
     if (engine->routing != SIDA_ROUTING_EXACT && !o->predictor)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "routing %s needs a predictor",
                   sida_routing_name(engine->routing));
+    if (!(o->active_share >= 0 && o->active_share <= 1))
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "active share %g: expected a share of the experts, 0 to 1",
+                  o->active_share);
+    if (o->active_share > 0 && engine->routing != SIDA_ROUTING_GUIDED)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "an active share is of guided routing, not of %s",
+                  sida_routing_name(engine->routing));
+    if (o->random_experts && engine->routing == SIDA_ROUTING_EXACT)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "random experts are a baseline of guided and predicted "
+                                       "routing, not of exact");
     SIDA_TRY(sida_budget_parse(&engine->budget, o->budget ? o->budget : "100%"));
-    SIDA_TRY(check_number("batch", o->batch, 1, most_batch));
-    SIDA_TRY(check_number("queue", o->queue, 1, most_queue));
-    SIDA_TRY(check_number("max-tokens", o->max_tokens, 2, most_tokens));
-    SIDA_TRY(check_number("max-new-tokens", o->max_new_tokens, 1, most_tokens));
-    SIDA_TRY(check_number("threads", o->threads, 0, 1024));
+    SIDA_TRY(sida_engine_check_number("batch", o->batch, 1, most_batch));
+    SIDA_TRY(sida_engine_check_number("queue", o->queue, 1, most_queue));
+    SIDA_TRY(sida_engine_check_number("max-tokens", o->max_tokens, 2, most_tokens));
+    SIDA_TRY(sida_engine_check_number("max-new-tokens", o->max_new_tokens, 1, most_tokens));
+    SIDA_TRY(sida_engine_check_number("threads", o->threads, 0, 1024));
     engine->options = *o;
 out:
     return status;
@@ -95,7 +77,7 @@ static sida_status open_predictor(sida_engine *engine) {
     const sida_model_info *info = sida_model_get_info(engine->model);
     sida_status status = SIDA_OK;
     if (!o->predictor) goto out;
-    SIDA_TRY(check_number("top-k", o->top_k, info->top_k, info->experts));
+    SIDA_TRY(sida_engine_check_number("top-k", o->top_k, info->top_k, info->experts));
     SIDA_TRY(sida_hash_source_open(&engine->source, o->predictor,
                                    sida_model_embedding_host(engine->model), info->fingerprint));
     const sida_hash_source_info *made = &engine->source->info;
@@ -112,6 +94,18 @@ static sida_status open_predictor(sida_engine *engine) {
         sida_fingerprint_format(given, tokenizer);
         SIDA_FAIL(SIDA_ERROR_MISMATCH, "%s: was made with tokenizer %s, %s/spiece.model is %s",
                   o->predictor, wanted, o->model, given);
+    }
+    if (o->active_share > 0) {
+        /* 29 % of 100 is 29 although 0.29 * 100 is 28.999999999999996. */
+        engine->most_allowed = (int32_t)(o->active_share * (double)info->experts + 1e-9);
+        if (engine->most_allowed < info->top_k)
+            SIDA_FAIL(SIDA_ERROR_ARGUMENT,
+                      "an active share of %g%% is %d of %d experts, a token takes %d",
+                      o->active_share * 100, engine->most_allowed, info->experts, info->top_k);
+    }
+    if (o->random_experts) {
+        sida_hash_source *predictor = engine->source;
+        SIDA_TRY(sida_random_source_create(&engine->source, predictor, o->random_seed));
     }
 out:
     return status;
@@ -212,8 +206,7 @@ out:
     return status;
 }
 
-/* A later job under a size, when the libraries have taken more than was set aside: fewer slots. */
-static sida_status divide_again(sida_engine *engine) {
+sida_status sida_engine_divide_again(sida_engine *engine) {
     sida_status status = SIDA_OK;
     sida_memory_usage usage;
     size_t cap_bytes;
@@ -265,253 +258,4 @@ void sida_engine_close(sida_engine *engine) {
 
 void sida_engine_get_facts(const sida_engine *engine, sida_engine_facts *out) {
     *out = engine->facts;
-}
-
-/* --- a job */
-
-typedef struct job {
-    sida_engine *engine;
-    const sida_job *options;
-    sida_corpus_format format;
-    int passes, pass; /* of the run itself and of the full model */
-    int64_t tokens;
-    /* The first pass's answers, compared with the second's. */
-    char **answers;
-    size_t answers_capacity, answers_count;
-    size_t seen; /* answers of the running pass */
-    int64_t equal;
-    sida_score score;
-    sida_corpus *corpus;
-    sida_batcher *batcher;
-    _Atomic double read; /* share of the file; the hash thread writes it */
-    double sampled;      /* when the driver was last asked */
-} job;
-
-static sida_status next_batch(void *context, sida_batch **out) {
-    job *j = context;
-    int64_t done_bytes, total_bytes;
-    sida_status status = sida_batcher_next(j->batcher, out);
-    sida_corpus_progress(j->corpus, &done_bytes, &total_bytes);
-    j->read = total_bytes > 0 ? (double)done_bytes / (double)total_bytes : 0;
-    return status;
-}
-
-static sida_status handle_answer(job *j, const sida_pass_batch *done, int32_t s) {
-    const sida_batch *batch = done->batch;
-    char *text = NULL;
-    sida_status status = SIDA_OK;
-    SIDA_TRY(sida_tokenizer_decode(&text, j->engine->tokenizer,
-                                   done->ids + (int64_t)s * done->stride, (size_t)done->counts[s]));
-    const char *target = batch->targets ? batch->targets[s] : NULL;
-    sida_score_add(&j->score, text, target);
-    size_t index = j->seen++;
-    if (j->pass > 0) {
-        j->equal += index < j->answers_count && strcmp(text, j->answers[index]) == 0;
-        goto out;
-    }
-    if (j->options->on_answer)
-        SIDA_TRY(j->options->on_answer(j->options->context, &(sida_answer){
-                                                                .index = (int64_t)index,
-                                                                .line = batch->lines[s],
-                                                                .text = text,
-                                                                .target = target,
-                                                                .latency_ms = done->latency_ms,
-                                                            }));
-    if (j->passes > 1) {
-        SIDA_TRY(SIDA_GROW(&j->answers, &j->answers_capacity, index + 1, "answers"));
-        j->answers[index] = text;
-        j->answers_count = index + 1;
-        text = NULL;
-    }
-out:
-    free(text);
-    return status;
-}
-
-static sida_status on_batch(void *context, const sida_pass_batch *done) {
-    job *j = context;
-    const sida_ragged *input = &done->batch->input;
-    sida_status status = SIDA_OK;
-    for (int32_t s = 0; s < input->sequences; s++) {
-        SIDA_TRY(handle_answer(j, done, s));
-        j->tokens += done->counts[s];
-    }
-    j->tokens += sida_ragged_tokens(input);
-    if (done->batch->index == 0 || sida_clock_seconds() - j->sampled > sample_interval_s) {
-        SIDA_TRY(sida_backend_sample(j->engine->backend));
-        j->sampled = sida_clock_seconds();
-    }
-    if (!j->options->on_progress) goto out;
-    double fraction = j->read;
-    if (j->pass > 0)
-        fraction = (double)j->seen / (double)j->answers_count;
-    else if (j->options->limit > 0)
-        fraction = (double)j->seen / (double)j->options->limit;
-    fraction = (j->pass + fmin(fraction, 1)) / j->passes;
-    SIDA_TRY(j->options->on_progress(j->options->context, fraction, j->tokens));
-out:
-    return status;
-}
-
-static sida_status run_pass(job *j, sida_pass_stats *stats, sida_routing routing) {
-    sida_engine *engine = j->engine;
-    const sida_engine_options *o = &engine->options;
-    const sida_model_info *info = sida_model_get_info(engine->model);
-    sida_status status = SIDA_OK;
-    j->seen = 0;
-    j->read = 0;
-    j->score = sida_score_begin(j->format);
-    SIDA_TRY(sida_corpus_open(&j->corpus, j->format, j->options->input));
-    SIDA_TRY(sida_batcher_create(&j->batcher, j->corpus, engine->tokenizer,
-                                 &(sida_batch_options){.sequences = o->batch,
-                                                       .limit = j->options->limit,
-                                                       .max_tokens = o->max_tokens,
-                                                       .truncate = o->truncate,
-                                                       .vocabulary = info->vocabulary,
-                                                       .eos = info->eos}));
-    SIDA_TRY(sida_pass_run(stats, &(sida_pass_options){
-                                      .model = engine->model,
-                                      .run = engine->run,
-                                      .source = engine->source,
-                                      .routing = routing,
-                                      .top_k = o->top_k,
-                                      .slots = engine->facts.slots,
-                                      .queue = o->queue,
-                                      .prefetch = !o->no_prefetch,
-                                      .digest = j->options->digest && j->pass == 0,
-                                      .policy = engine->policy,
-                                      .resident = engine->resident,
-                                      .max_new_tokens = o->max_new_tokens,
-                                      .next = next_batch,
-                                      .next_context = j,
-                                      .on_batch = on_batch,
-                                      .on_batch_context = j,
-                                  }));
-out:
-    sida_batcher_destroy(j->batcher);
-    sida_corpus_close(j->corpus);
-    j->batcher = NULL;
-    j->corpus = NULL;
-    return status;
-}
-
-static void fill_report(sida_report *out, const job *j, sida_pass_stats *stats) {
-    const sida_store_stats *store = &stats->store;
-    size_t batches = (size_t)stats->batches;
-    sida_memory_usage usage;
-    sida_backend_memory(j->engine->backend, &usage);
-    int64_t needed = store->hits + store->late_prefetches + store->demand_loads;
-    int64_t tokens = stats->input_tokens + stats->generated_tokens;
-    bool guided = j->engine->routing == SIDA_ROUTING_GUIDED;
-    *out = (sida_report){
-        .batches = stats->batches,
-        .sequences = stats->sequences,
-        .input_tokens = stats->input_tokens,
-        .generated_tokens = stats->generated_tokens,
-        .score = sida_score_value(&j->score),
-        .full_score = NAN,
-        .fidelity = NAN,
-        .label_flips = -1,
-        .allowed_share = {guided ? stats->allowed_share[0] : NAN,
-                          guided ? stats->allowed_share[1] : NAN},
-        .seconds = stats->seconds,
-        .tokens_per_s = stats->seconds > 0 ? (double)tokens / stats->seconds : 0,
-        .latency_ms_p50 = sida_percentile(stats->latencies_ms, batches, 50),
-        .latency_ms_p90 = sida_percentile(stats->latencies_ms, batches, 90),
-        .latency_ms_p99 = sida_percentile(stats->latencies_ms, batches, 99),
-        .device_bytes_peak = usage.peak_bytes,
-        .driver_bytes_peak = usage.driver_peak_bytes,
-        .driver_alone = usage.driver_alone,
-        .experts_resident = store->resident,
-        .experts_resident_peak = store->peak_resident,
-        .hits = store->hits,
-        .late_prefetches = store->late_prefetches,
-        .demand_loads = store->demand_loads,
-        .hit_rate = needed > 0 ? (double)store->hits / (double)needed : NAN,
-        .prefetch_loads = store->prefetch_loads,
-        .dropped_prefetches = store->dropped_prefetches,
-        .bytes_moved = store->bytes_moved,
-        .bytes_wasted = store->bytes_wasted,
-        .wait_ms_inference = stats->inference_wait_seconds * 1e3,
-        .wait_ms_hash = stats->hash_wait_seconds * 1e3,
-    };
-    if (j->engine->resident) {
-        out->experts_resident = out->experts_resident_peak = j->engine->facts.experts;
-        out->hit_rate = NAN;
-    }
-    if (j->options->digest) sida_fingerprint_format(out->digest, stats->digest);
-}
-
-/* The driver does not ask us: what it took cannot be refused, but said. */
-static void check_driver(const sida_engine *engine) {
-    sida_memory_usage usage;
-    sida_backend_memory(engine->backend, &usage);
-    if (engine->budget.kind == SIDA_BUDGET_BYTES && usage.driver_peak_bytes > usage.cap_bytes)
-        sida_log(SIDA_LOG_WARNING,
-                 "the driver says %zu bytes at peak, %zu above the budget: it and its libraries "
-                 "took more than the %zu set aside for them%s",
-                 usage.driver_peak_bytes, usage.driver_peak_bytes - usage.cap_bytes,
-                 engine->needs.driver_bytes, usage.driver_alone ? "" : ", or another program did");
-}
-
-/* Sets the run beside the full model. */
-static void compare_scores(sida_report *out, const job *j) {
-    out->full_score = sida_score_value(&j->score);
-    out->label_flips = (int64_t)j->answers_count - j->equal;
-    if (!isnan(out->full_score) && !isnan(out->score)) {
-        if (out->full_score > 0) out->fidelity = out->score / out->full_score;
-    } else if (j->answers_count > 0) {
-        out->fidelity = (double)j->equal / (double)j->answers_count;
-    }
-}
-
-static sida_status run_job(sida_engine *engine, const sida_job *options, sida_report *out) {
-    job j = {.engine = engine, .options = options, .passes = 1};
-    sida_pass_stats stats = {0}, full = {0};
-    sida_status status = SIDA_OK;
-    *out = (sida_report){0};
-    if (options->version != SIDA_JOB_VERSION)
-        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "a job of version %u: this library knows %d",
-                  options->version, SIDA_JOB_VERSION);
-    if (!options->input) SIDA_FAIL(SIDA_ERROR_ARGUMENT, "no input file is given");
-    if (!options->format || !sida_corpus_format_from_name(&j.format, options->format))
-        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "format '%.40s': expected %s",
-                  options->format ? options->format : "", sida_corpus_format_names());
-    SIDA_TRY(check_number("limit", options->limit, 0, INT64_MAX));
-    SIDA_TRY(divide_again(engine));
-    bool exact = engine->routing == SIDA_ROUTING_EXACT;
-    if (!exact && !options->no_compare) j.passes = 2;
-    SIDA_TRY(run_pass(&j, &stats, engine->routing));
-    fill_report(out, &j, &stats);
-    if (exact) {
-        /* The router decides in every case: it is the full model. */
-        out->full_score = out->score;
-        out->fidelity = out->sequences > 0 ? 1 : NAN;
-        out->label_flips = 0;
-    }
-    if (j.passes > 1) {
-        j.pass = 1;
-        SIDA_TRY(run_pass(&j, &full, SIDA_ROUTING_EXACT));
-        compare_scores(out, &j);
-    }
-    check_driver(engine);
-out:
-    for (size_t i = 0; i < j.answers_count; i++) free(j.answers[i]);
-    free(j.answers);
-    sida_pass_stats_free(&stats);
-    sida_pass_stats_free(&full);
-    return status;
-}
-
-sida_status sida_engine_run(sida_engine *engine, const sida_job *options, sida_report *out) {
-#ifdef _OPENMP
-    /* The caller's own setting comes back. */
-    int before = omp_get_max_threads();
-    if (engine->options.threads > 0) omp_set_num_threads(engine->options.threads);
-#endif
-    sida_status status = run_job(engine, options, out);
-#ifdef _OPENMP
-    omp_set_num_threads(before);
-#endif
-    return status;
 }

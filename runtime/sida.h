@@ -77,12 +77,18 @@ typedef struct sida_engine_options {
     const char *routing; /* "exact": the router decides, output never changes; "guided": the best of
                           * the predicted experts; "predicted": the predictor decides */
     int32_t top_k;       /* experts predicted a token and layer */
-    int32_t queue;       /* batches predicted ahead */
-    int32_t batch;       /* sequences a batch */
-    bool no_prefetch;    /* predictions load nothing early */
-    int32_t threads;     /* of the CPU's ops; 0: as OpenMP chooses */
-    int32_t max_tokens;  /* of an input, </s> included */
-    bool truncate;       /* cut longer inputs instead of refusing them */
+    /* guided: the most experts of a layer that a sequence may use, as a share of them: those of its
+     * predicted ones that would be missed most. 0: no limit. */
+    double active_share;
+    /* guided, predicted: a baseline. As many experts, but other ones, drawn at random. */
+    bool random_experts;
+    uint64_t random_seed;
+    int32_t queue;          /* batches predicted ahead */
+    int32_t batch;          /* sequences a batch */
+    bool no_prefetch;       /* predictions load nothing early */
+    int32_t threads;        /* of the CPU's ops; 0: as OpenMP chooses */
+    int32_t max_tokens;     /* of an input, </s> included */
+    bool truncate;          /* cut longer inputs instead of refusing them */
     int32_t max_new_tokens; /* of an answer, </s> included */
 } sida_engine_options;
 
@@ -118,19 +124,26 @@ SIDA_API void sida_engine_get_facts(const sida_engine *engine, sida_engine_facts
 
 typedef struct sida_answer {
     int64_t index, line; /* 0-based record; 1-based line of the file */
-    const char *text;    /* UTF-8 */
+    const char *text;    /* UTF-8; when scoring, the more likely label, "" where there are none */
     const char *target;  /* NULL: none */
+    double nll;          /* when scoring: -log p of the whole target in nats, NAN: none */
+    int64_t tokens;      /* when scoring: of the target */
     double latency_ms;   /* of its batch */
 } sida_answer;
 
 enum { SIDA_JOB_VERSION = 1 };
 typedef struct sida_job {
     uint32_t version;
-    const char *format; /* "text", "jsonl", "tsv", "sst2", "mrpc", "multirc" */
+    const char *format; /* "text", "jsonl", "tsv", "sst2", "mrpc", "multirc", "span-corruption" */
     const char *input;  /* the file, plain or gzip */
     int64_t limit;      /* records; 0: all */
     bool digest;        /* hash all raw logits */
     bool no_compare;    /* guided and predicted: do not run the full model beside it */
+    /* Do not answer, but say how probable each target is (at most max_new_tokens long), forced
+     * token by token. Of a labelled format each label is tried, as a sequence of its own, and the
+     * more likely one as a whole is the answer. FORMAT for a record without target. */
+    bool score;
+    uint64_t seed; /* span-corruption: of the spans */
     /* Every answer in the order of the file; anything but SIDA_OK ends the run with that. NULL:
      * nobody looks. */
     sida_status (*on_answer)(void *context, const sida_answer *answer);
@@ -143,15 +156,28 @@ typedef struct sida_job {
 #define SIDA_JOB_INIT                                                                              \
     { .version = SIDA_JOB_VERSION }
 
+enum { SIDA_REPORT_LAYERS = 64 };
+
 /* Of the run itself; full_score, fidelity and label_flips compare it with the full model. What is
  * not known is NAN. */
 typedef struct sida_report {
     int64_t batches, sequences, input_tokens, generated_tokens;
-    double score;            /* share of right answers, or F1 (mrpc, multirc): 0 … 1 */
-    double full_score;       /* of the full model on the same batches */
-    double fidelity;         /* score / full_score; without targets the share of equal answers */
-    int64_t label_flips;     /* answers that differ from the full model's; -1: not compared */
+    double score;          /* share of right answers, or F1 (mrpc, multirc): 0 … 1 */
+    double full_score;     /* of the full model on the same batches */
+    double constant_score; /* of always giving the same label; NAN without labels */
+    double fidelity;       /* score / full_score; without targets the share of equal answers */
+    int64_t label_flips;   /* answers that differ from the full model's; -1: not compared */
+    /* Of answers with a target: right in the full model and wrong in the run, and the other way
+     * about; McNemar's exact two-sided test of their being as likely. -1, NAN: not compared. */
+    int64_t answers_lost, answers_gained;
+    double mcnemar_p;
+    /* When scoring: mean -log p of the targets' tokens, </s> included, in nats. */
+    double loss, full_loss;
+    int64_t target_tokens;
     double allowed_share[2]; /* guided: mean share of experts allowed; encoder, decoder */
+    /* guided: the same of each MoE layer, the first 64 of a side; layers: how many are told */
+    int32_t allowed_layers[2];
+    double allowed_layer_share[2][SIDA_REPORT_LAYERS];
     double seconds, tokens_per_s;                          /* input and generated tokens */
     double latency_ms_p50, latency_ms_p90, latency_ms_p99; /* a batch */
     uint64_t device_bytes_peak;                            /* in our buffers */
@@ -165,7 +191,13 @@ typedef struct sida_report {
     int64_t prefetch_loads, dropped_prefetches;
     int64_t bytes_moved, bytes_wasted; /* host to device; prefetched for nothing */
     double wait_ms_inference, wait_ms_hash;
-    char digest[33]; /* 32 hexadecimal digits, "" unless asked for */
+    /* A batch's mean, wall-clock: predicting, on both threads; from the queue to the last token.
+     * Both 0 where nothing ran; no predictor: 0 of the first. */
+    double hash_ms_per_batch, inference_ms_per_batch;
+    double hash_share;       /* of the first in the second; NAN: nothing ran */
+    double table_wait_share; /* of the inference thread's time since its first batch that it waited
+                              * for hash tables; NAN: nothing ran */
+    char digest[33];         /* 32 hexadecimal digits, "" unless asked for */
 } sida_report;
 
 SIDA_API sida_status sida_engine_run(sida_engine *engine, const sida_job *job, sida_report *out);

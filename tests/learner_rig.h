@@ -29,7 +29,11 @@ static inline sida_status rig_cpu(sida_learner **out, sida_backend *backend,
 
 typedef struct rig_shape {
     int32_t sequences, longest[2], layers[2], experts, top, vocabulary, d_model, hidden;
+    int32_t top_k; /* 0: 1, and no chosen experts beside the lists */
+    sida_labels labels;
     bool equal; /* all sequences as long as the longest */
+    bool bidirectional;
+    sida_net_attention attention;
     uint64_t seed;
 } rig_shape;
 
@@ -46,11 +50,26 @@ static inline rig_shape rig_default(void) {
                        .seed = 1};
 }
 
+/* The options of the network: 0 none, 1 two directions and softmax, 2 two directions without
+ * attention, 3 softmax alone. */
+enum { RIG_VARIANTS = 4 };
+static inline rig_shape rig_variant(int32_t encoder, int32_t decoder, int variant) {
+    rig_shape shape = rig_default();
+    shape.layers[0] = encoder;
+    shape.layers[1] = decoder;
+    shape.bidirectional = encoder > 0 && (variant == 1 || variant == 2);
+    shape.attention = variant == 0   ? SIDA_NET_SPARSEMAX
+                      : variant == 2 ? SIDA_NET_NO_ATTENTION
+                                     : SIDA_NET_SOFTMAX;
+    return shape;
+}
+
 /* Lengths of 0 … longest; the teacher likes an expert that token and layer choose. */
 static inline sida_dataset rig_data(rig_shape r) {
     sida_dataset d = {.path = strdup("made.h5"),
                       .experts = r.experts,
-                      .top_k = 1,
+                      .top_k = r.top_k > 0 ? r.top_k : 1,
+                      .labels = r.labels,
                       .top = r.top,
                       .d_model = r.d_model,
                       .vocabulary = r.vocabulary,
@@ -81,6 +100,18 @@ static inline sida_dataset rig_data(rig_shape r) {
                 s->top_logp[at] = sida_f16_from_f32(-0.7f * (float)(j + 1));
             }
         }
+        size_t chosen = pairs * (size_t)r.top_k;
+        if (r.top_k > 0) {
+            s->experts = calloc(chosen + 1, sizeof *s->experts);
+            s->alpha = calloc(chosen + 1, sizeof *s->alpha);
+        }
+        /* Not the order of the list, so that a label in a wrong place shows; some outside of it. */
+        for (size_t i = 0; i < chosen; i++) {
+            size_t pair = i / (size_t)r.top_k, j = i % (size_t)r.top_k;
+            uint32_t first = s->top_ids[pair * (size_t)r.top];
+            s->experts[i] = (uint16_t)((first + 5 * j + 2) % (uint32_t)r.experts);
+            s->alpha[i] = 0.1f + 0.05f * (float)((3 * pair + j) % 7);
+        }
     }
     d.embedding = calloc((size_t)(r.vocabulary * r.d_model), sizeof *d.embedding);
     for (int64_t i = 0; i < (int64_t)r.vocabulary * r.d_model; i++)
@@ -95,7 +126,9 @@ static inline sida_train_state rig_state(rig_shape r) {
                                     .lstm_layers = 2,
                                     .experts = r.experts,
                                     .vocabulary = r.vocabulary,
-                                    .layers = {r.layers[0], r.layers[1]}};
+                                    .layers = {r.layers[0], r.layers[1]},
+                                    .attention = r.attention,
+                                    .bidirectional = r.bidirectional};
     RIG_OK(sida_train_state_create(&state, &config, 0.01, 1));
     sida_net_initialise(state.net, 5);
     return state;

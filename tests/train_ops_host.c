@@ -3,6 +3,7 @@
  * workspaces and thresholds included as far as they are handed from one call to another. */
 #include "formats/base/memory.h"
 #include "runtime/ops/lstm.h"
+#include "runtime/ops/lstm_train.h"
 #include "runtime/ops/rnn.h"
 #include "runtime/ops/sparsemax.h"
 #include "runtime/ops/train_ops.h"
@@ -100,6 +101,7 @@ static void attend(const sida_sparsemax_train_call *q, int32_t s, float *d_queri
                                                 .q_count = &nq,
                                                 .k_count = &nk,
                                                 .causal = q->causal,
+                                                .softmax = q->softmax,
                                                 .probabilities = p,
                                                 .p_start = &zero};
     assert_int_equal(sida_sparsemax_attention_cpu(NULL, &call), SIDA_OK);
@@ -164,18 +166,28 @@ sida_status sida_loss_cuda(sida_stream *stream, const sida_loss_cuda_call *q) {
     float *logits = calloc((size_t)(q->rows * width) + 1, sizeof *logits);
     uint16_t *ids = calloc((size_t)(q->rows * list) + 1, sizeof *ids);
     uint16_t *logp = calloc((size_t)(q->rows * list) + 1, sizeof *logp);
+    int64_t count = q->labels ? (int64_t)q->layers * q->label_count : 0;
+    uint16_t *labels = calloc((size_t)(q->rows * count) + 1, sizeof *labels);
+    float *weights = calloc((size_t)(q->rows * count) + 1, sizeof *weights);
     for (int64_t r = 0; r < q->rows; r++) {
         int64_t from = q->source ? q->source[r] : r;
         for (int64_t i = 0; i < width; i++)
             logits[r * width + i] = q->logits[r * width + i] + (q->bias ? q->bias[i] : 0);
         memcpy(ids + r * list, q->top_ids + from * list, (size_t)list * sizeof *ids);
         memcpy(logp + r * list, q->top_logp + from * list, (size_t)list * sizeof *logp);
+        if (count == 0) continue;
+        memcpy(labels + r * count, q->labels + from * count, (size_t)count * sizeof *labels);
+        memcpy(weights + r * count, q->label_weights + from * count,
+               (size_t)count * sizeof *weights);
     }
     sida_status status = sida_loss(&sum, &(sida_loss_call){.d_logits = q->d_logits,
                                                            .losses = losses,
                                                            .logits = logits,
                                                            .top_ids = ids,
                                                            .top_logp = logp,
+                                                           .labels = q->labels ? labels : NULL,
+                                                           .label_weights = weights,
+                                                           .label_count = q->label_count,
                                                            .pairs = q->rows * q->layers,
                                                            .experts = q->experts,
                                                            .top = q->top,
@@ -188,6 +200,8 @@ sida_status sida_loss_cuda(sida_stream *stream, const sida_loss_cuda_call *q) {
     free(logits);
     free(ids);
     free(logp);
+    free(labels);
+    free(weights);
     return status;
 }
 
@@ -243,7 +257,7 @@ struct sida_rnn {
     sida_buffer *reserve; /* counts against the cap */
     int32_t *lengths, sequences;
     int64_t *offsets, rows;
-    float *x, *y, *d, *gates[SIDA_RNN_LAYERS_MAX], *cells[SIDA_RNN_LAYERS_MAX],
+    float *x, *y, *d, *below, *gates[SIDA_RNN_LAYERS_MAX], *cells[SIDA_RNN_LAYERS_MAX],
         *out[SIDA_RNN_LAYERS_MAX], *d_gates, *workspace, *gradient;
 };
 
@@ -251,11 +265,21 @@ bool sida_rnn_built(void) {
     return true;
 }
 
-/* Floats of the parts of a layer, with a gap as cuDNN may have them. */
+static int directions(const sida_rnn *rnn) {
+    return rnn->options.bidirectional ? 2 : 1;
+}
+static int32_t units(const sida_rnn *rnn) {
+    return rnn->options.hidden / directions(rnn);
+}
+static int cells(const sida_rnn *rnn) { /* layer by layer, in each the forward one first */
+    return rnn->options.layers * directions(rnn);
+}
+
+/* Floats of the parts of a direction of a layer, with a gap as cuDNN may have them. */
 enum { GAP = 24 };
-static int64_t layer_items(const sida_rnn *rnn) {
-    int64_t h = rnn->options.hidden;
-    return 8 * h * h + 8 * h + GAP;
+static int64_t cell_items(const sida_rnn *rnn) {
+    int64_t h = rnn->options.hidden, u = units(rnn);
+    return 4 * u * (h + u) + 8 * u + GAP;
 }
 
 sida_status sida_rnn_create(sida_rnn **out, sida_stream *stream, const sida_rnn_options *options) {
@@ -275,6 +299,7 @@ sida_status sida_rnn_create(sida_rnn **out, sida_stream *stream, const sida_rnn_
     rnn->x = calloc((size_t)(n * h), sizeof(float));
     rnn->y = calloc((size_t)(n * h), sizeof(float));
     rnn->d = calloc((size_t)(n * h), sizeof(float));
+    rnn->below = calloc((size_t)(n * h), sizeof(float));
     for (int l = 0; l < options->layers; l++) {
         rnn->gates[l] = calloc((size_t)(n * 4 * h), sizeof(float));
         rnn->cells[l] = calloc((size_t)(n * h), sizeof(float));
@@ -282,7 +307,7 @@ sida_status sida_rnn_create(sida_rnn **out, sida_stream *stream, const sida_rnn_
     }
     rnn->d_gates = calloc((size_t)(n * 4 * h), sizeof(float));
     rnn->workspace = calloc((size_t)((n + 6 * s) * h), sizeof(float));
-    rnn->gradient = calloc((size_t)(layer_items(rnn) * options->layers), sizeof(float));
+    rnn->gradient = calloc((size_t)(cell_items(rnn) * cells(rnn)), sizeof(float));
     *out = rnn;
     return SIDA_OK;
 }
@@ -300,6 +325,7 @@ void sida_rnn_destroy(sida_rnn *rnn) {
     free(rnn->x);
     free(rnn->y);
     free(rnn->d);
+    free(rnn->below);
     free(rnn->d_gates);
     free(rnn->workspace);
     free(rnn->gradient);
@@ -310,29 +336,30 @@ size_t sida_rnn_bytes(const sida_rnn *rnn) {
     return rnn->reserve->bytes;
 }
 int64_t sida_rnn_weight_items(const sida_rnn *rnn) {
-    return layer_items(rnn) * rnn->options.layers;
+    return cell_items(rnn) * cells(rnn);
 }
 
 /* Biases first: unlike the state's order. */
-static sida_rnn_weights view(const sida_rnn *rnn, float *space, int layer) {
-    int64_t h = rnn->options.hidden;
-    float *at = space + layer * layer_items(rnn);
+static sida_rnn_weights view(const sida_rnn *rnn, float *space, int cell) {
+    int64_t u = units(rnn);
+    float *at = space + cell * cell_items(rnn);
     return (sida_rnn_weights){.recurrent_bias = at,
-                              .input_bias = at + 4 * h,
-                              .recurrent_weight = at + 8 * h + GAP,
-                              .input_weight = at + 8 * h + GAP + 4 * h * h};
+                              .input_bias = at + 4 * u,
+                              .recurrent_weight = at + 8 * u + GAP,
+                              .input_weight = at + 8 * u + GAP + 4 * u * u};
 }
 
 static void move(const sida_rnn *rnn, const sida_rnn_weights *weights, float *space, bool back) {
-    size_t h = (size_t)rnn->options.hidden;
-    for (int l = 0; l < rnn->options.layers; l++) {
-        sida_rnn_weights ours = view(rnn, space, l), theirs = weights[l];
+    size_t h = (size_t)rnn->options.hidden, u = (size_t)units(rnn);
+    const size_t items[4] = {4 * u * h, 4 * u * u, 4 * u, 4 * u};
+    for (int cell = 0; cell < cells(rnn); cell++) {
+        sida_rnn_weights ours = view(rnn, space, cell), theirs = weights[cell];
         float *const pairs[4][2] = {{ours.input_weight, theirs.input_weight},
                                     {ours.recurrent_weight, theirs.recurrent_weight},
                                     {ours.input_bias, theirs.input_bias},
                                     {ours.recurrent_bias, theirs.recurrent_bias}};
         for (int i = 0; i < 4; i++)
-            memcpy(pairs[i][back], pairs[i][!back], (i < 2 ? 4 * h * h : 4 * h) * sizeof(float));
+            memcpy(pairs[i][back], pairs[i][!back], items[i] * sizeof(float));
     }
 }
 void sida_rnn_pack(const sida_rnn *rnn, float *space, const sida_rnn_weights *weights) {
@@ -341,6 +368,16 @@ void sida_rnn_pack(const sida_rnn *rnn, float *space, const sida_rnn_weights *we
 }
 void sida_rnn_unpack(const sida_rnn *rnn, const sida_rnn_weights *weights, const float *space) {
     move(rnn, weights, (float *)(uintptr_t)space, true);
+}
+
+void sida_rnn_set_rows(sida_rnn *rnn, const sida_row_map *rows, int32_t sequences) {
+    assert_int_equal(rows->longest, rnn->sequences > 0 ? rnn->lengths[0] : 0);
+    assert_int_equal(sequences, rnn->sequences);
+}
+
+bool sida_lstm_train_possible(const sida_backend *backend, int32_t units) {
+    (void)backend;
+    return units < 0; /* the LSTM above is cuDNN's double */
 }
 
 sida_status sida_rnn_set_lengths(sida_rnn *rnn, const int32_t *lengths, int32_t sequences) {
@@ -384,28 +421,32 @@ static void reorder(const sida_rnn *rnn, float *to, const float *from, bool back
     free(step);
 }
 
-static sida_weight square(const sida_rnn *rnn, const float *data) {
-    return (sida_weight){data, SIDA_F32, 4 * (int64_t)rnn->options.hidden, rnn->options.hidden};
+static sida_weight matrix(const sida_rnn *rnn, const float *data, int64_t cols) {
+    return (sida_weight){data, SIDA_F32, 4 * (int64_t)units(rnn), cols};
 }
 
 sida_status sida_rnn_forward(sida_rnn *rnn, float *y, const float *x, const float *weights) {
-    int32_t h = rnn->options.hidden;
+    int32_t h = rnn->options.hidden, u = units(rnn);
     reorder(rnn, rnn->x, x, false);
-    for (int l = 0; l < rnn->options.layers; l++) {
-        sida_rnn_weights w = view(rnn, (float *)(uintptr_t)weights, l);
-        assert_int_equal(sida_linear_train_cuda(NULL, rnn->gates[l], l ? rnn->out[l - 1] : rnn->x,
-                                                square(rnn, w.input_weight), w.input_bias,
+    for (int cell = 0; cell < cells(rnn); cell++) {
+        int l = cell / directions(rnn), way = cell % directions(rnn);
+        sida_rnn_weights w = view(rnn, (float *)(uintptr_t)weights, cell);
+        float *gates = rnn->gates[l] + way * rnn->rows * 4 * u;
+        assert_int_equal(sida_linear_train_cuda(NULL, gates, l ? rnn->out[l - 1] : rnn->x,
+                                                matrix(rnn, w.input_weight, h), w.input_bias,
                                                 SIDA_EPILOGUE_NONE, rnn->rows, false),
                          SIDA_OK);
         assert_int_equal(
-            sida_lstm_cpu(NULL, &(sida_lstm_call){.out = rnn->out[l],
-                                                  .gates = rnn->gates[l],
-                                                  .cells = rnn->cells[l],
-                                                  .recurrent = square(rnn, w.recurrent_weight),
+            sida_lstm_cpu(NULL, &(sida_lstm_call){.out = rnn->out[l] + way * u,
+                                                  .ldo = h,
+                                                  .gates = gates,
+                                                  .cells = rnn->cells[l] + way * rnn->rows * u,
+                                                  .recurrent = matrix(rnn, w.recurrent_weight, u),
                                                   .bias = w.recurrent_bias,
                                                   .sequences = rnn->sequences,
-                                                  .hidden = h,
+                                                  .hidden = u,
                                                   .offsets = rnn->offsets,
+                                                  .reverse = way == 1,
                                                   .workspace = rnn->workspace,
                                                   .linear = sida_linear_gemm_cpu}),
             SIDA_OK);
@@ -416,35 +457,44 @@ sida_status sida_rnn_forward(sida_rnn *rnn, float *y, const float *x, const floa
 
 sida_status sida_rnn_backward_data(sida_rnn *rnn, float *d_x, const float *d_y, const float *y,
                                    const float *weights) {
-    int32_t h = rnn->options.hidden;
+    int32_t h = rnn->options.hidden, u = units(rnn);
     (void)y;
     memset(rnn->gradient, 0, (size_t)sida_rnn_weight_items(rnn) * sizeof(float));
     reorder(rnn, rnn->d, d_y, false);
     for (int l = rnn->options.layers - 1; l >= 0; l--) {
-        sida_rnn_weights w = view(rnn, (float *)(uintptr_t)weights, l),
-                         g = view(rnn, rnn->gradient, l);
-        assert_int_equal(sida_lstm_backward_cpu(&(sida_lstm_backward_call){
-                             .d_gates = rnn->d_gates,
-                             .d_recurrent = g.recurrent_weight,
-                             .d_bias = g.recurrent_bias,
-                             .d_out = rnn->d,
-                             .out = rnn->out[l],
-                             .gates = rnn->gates[l],
-                             .cells = rnn->cells[l],
-                             .recurrent = square(rnn, w.recurrent_weight),
-                             .sequences = rnn->sequences,
-                             .hidden = h,
-                             .offsets = rnn->offsets,
-                             .workspace = rnn->workspace}),
-                         SIDA_OK);
-        memset(rnn->d, 0, (size_t)(rnn->rows * h) * sizeof(float));
-        sida_linear_backward_cpu(&(sida_linear_backward_call){.d_x = rnn->d,
-                                                              .d_weight = g.input_weight,
-                                                              .d_bias = g.input_bias,
-                                                              .d_y = rnn->d_gates,
-                                                              .x = l ? rnn->out[l - 1] : rnn->x,
-                                                              .weight = square(rnn, w.input_weight),
-                                                              .n = rnn->rows});
+        memset(rnn->below, 0, (size_t)(rnn->rows * h) * sizeof(float));
+        for (int way = 0; way < directions(rnn); way++) {
+            int cell = l * directions(rnn) + way;
+            sida_rnn_weights w = view(rnn, (float *)(uintptr_t)weights, cell),
+                             g = view(rnn, rnn->gradient, cell);
+            assert_int_equal(sida_lstm_backward_cpu(&(sida_lstm_backward_call){
+                                 .d_gates = rnn->d_gates,
+                                 .d_recurrent = g.recurrent_weight,
+                                 .d_bias = g.recurrent_bias,
+                                 .d_out = rnn->d + way * u,
+                                 .out = rnn->out[l] + way * u,
+                                 .ldo = h,
+                                 .gates = rnn->gates[l] + way * rnn->rows * 4 * u,
+                                 .cells = rnn->cells[l] + way * rnn->rows * u,
+                                 .recurrent = matrix(rnn, w.recurrent_weight, u),
+                                 .sequences = rnn->sequences,
+                                 .hidden = u,
+                                 .offsets = rnn->offsets,
+                                 .reverse = way == 1,
+                                 .workspace = rnn->workspace}),
+                             SIDA_OK);
+            sida_linear_backward_cpu(
+                &(sida_linear_backward_call){.d_x = rnn->below,
+                                             .d_weight = g.input_weight,
+                                             .d_bias = g.input_bias,
+                                             .d_y = rnn->d_gates,
+                                             .x = l ? rnn->out[l - 1] : rnn->x,
+                                             .weight = matrix(rnn, w.input_weight, h),
+                                             .n = rnn->rows});
+        }
+        float *other = rnn->d;
+        rnn->d = rnn->below;
+        rnn->below = other;
     }
     reorder(rnn, d_x, rnn->d, true);
     return SIDA_OK;

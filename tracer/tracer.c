@@ -37,11 +37,12 @@ typedef struct tracer {
 /* What decides the trace's bytes, in a fixed order. Another device than the CPU rounds otherwise: a
  * trace begun on one is not resumed on the other. */
 static sida_status describe_options(char **out, const sida_tracer_options *o, const char *device) {
-    json_t *json = json_pack("{s:s, s:i, s:i, s:i, s:b, s:i, s:I, s:I}", "format",
-                             sida_corpus_format_name(o->format), "top", (int)o->top, "batch",
-                             (int)o->batch, "max_tokens", (int)o->max_tokens, "truncate",
-                             (int)o->truncate, "generate", (int)o->generate, "limit",
-                             (json_int_t)o->limit, "part_tokens", (json_int_t)o->part_tokens);
+    json_t *json =
+        json_pack("{s:s, s:i, s:i, s:i, s:b, s:i, s:I, s:I, s:b}", "format",
+                  sida_corpus_format_name(o->format), "top", (int)o->top, "batch", (int)o->batch,
+                  "max_tokens", (int)o->max_tokens, "truncate", (int)o->truncate, "generate",
+                  (int)o->generate, "limit", (json_int_t)o->limit, "part_tokens",
+                  (json_int_t)o->part_tokens, "content", 1);
     if (json && strcmp(device, "cpu") != 0)
         json_object_set_new(json, "device", json_string(device));
     *out = json ? json_dumps(json, JSON_COMPACT) : NULL;
@@ -60,7 +61,8 @@ static sida_status fill_header(tracer *t) {
                            .top = t->options->top < info->experts ? t->options->top : info->experts,
                            .d_model = info->d_model,
                            .vocabulary = info->vocabulary,
-                           .layers = {info->moe_layers[0], info->moe_layers[1]}};
+                           .layers = {info->moe_layers[0], info->moe_layers[1]},
+                           .has_content = true};
     if (h->top < info->top_k)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "--top %d is below the %d experts a token takes", h->top,
                   info->top_k);
@@ -94,7 +96,8 @@ static sida_status open_all(tracer *t) {
                               .max_tokens = o->max_tokens,
                               .truncate = o->truncate,
                               .vocabulary = t->info->vocabulary,
-                              .eos = t->info->eos};
+                              .eos = t->info->eos,
+                              .content = !o->dry_run};
     SIDA_TRY(sida_batcher_create(&t->batcher, t->corpus, t->tokenizer, &cut));
 out:
     free(spiece);
@@ -139,6 +142,7 @@ static void close_job(sida_trace_job *job) {
     sida_recording_destroy(job->recording);
     free(job->lengths);
     free(job->decoder_ids);
+    free(job->decoder_content);
 }
 
 static void close_all(tracer *t) {
@@ -156,24 +160,40 @@ static void close_all(tracer *t) {
     free(t->answer_counts);
 }
 
-/* A sequence's inputs: the start token, then all but the last of what it answers. */
-static void shift(int32_t *inputs, int32_t start, const int32_t *answer, int64_t length) {
+static sida_status reserve_decoder(sida_trace_job *job, int64_t tokens) {
+    sida_status status = SIDA_OK;
+    SIDA_TRY(SIDA_GROW(&job->decoder_ids, &job->decoder_capacity, tokens, "decoder inputs"));
+    SIDA_TRY(SIDA_GROW(&job->decoder_content, &job->content_capacity, tokens, "decoder inputs"));
+out:
+    return status;
+}
+
+/* A sequence's inputs, from row `first` on: the start token, then all but the last of what it
+ * answers. content: flags of the answer; NULL: all 1. */
+static void shift(sida_trace_job *job, int64_t first, int32_t start, const int32_t *answer,
+                  const uint8_t *content, int64_t length) {
     if (length == 0) return;
-    inputs[0] = start;
-    memcpy(inputs + 1, answer, (size_t)(length - 1) * sizeof *answer);
+    size_t rest = (size_t)(length - 1);
+    job->decoder_ids[first] = start;
+    job->decoder_content[first] = 0;
+    memcpy(job->decoder_ids + first + 1, answer, rest * sizeof *answer);
+    if (content)
+        memcpy(job->decoder_content + first + 1, content, rest);
+    else
+        memset(job->decoder_content + first + 1, 1, rest);
 }
 
 /* Teacher forcing: the whole target in one call. */
 static sida_status trace_targets(tracer *t, sida_trace_job *job, const sida_moe_driver *driver) {
     sida_status status = SIDA_OK;
     const sida_ragged *target = &job->batch->target;
-    SIDA_TRY(SIDA_GROW(&job->decoder_ids, &job->decoder_capacity, sida_ragged_tokens(target),
-                       "decoder inputs"));
+    const uint8_t *content = job->batch->content[1];
+    SIDA_TRY(reserve_decoder(job, sida_ragged_tokens(target)));
     for (int32_t s = 0; s < target->sequences; s++) {
         int64_t first = target->offsets[s];
         job->lengths[s] = target->offsets[s + 1] - first;
-        shift(job->decoder_ids + first, t->info->decoder_start, target->ids + first,
-              job->lengths[s]);
+        shift(job, first, t->info->decoder_start, target->ids + first,
+              content ? content + first : NULL, job->lengths[s]);
     }
     const sida_ragged step = {target->sequences, target->offsets, job->decoder_ids};
     SIDA_TRY(sida_run_decode(t->run, &step, driver));
@@ -189,10 +209,11 @@ static sida_status trace_generated(tracer *t, sida_trace_job *job, const sida_mo
     int64_t tokens = 0;
     SIDA_TRY(sida_run_generate(t->run, &generate, driver, t->answer_ids, t->answer_counts));
     for (int32_t s = 0; s < sequences; s++) tokens += job->lengths[s] = t->answer_counts[s];
-    SIDA_TRY(SIDA_GROW(&job->decoder_ids, &job->decoder_capacity, tokens, "decoder inputs"));
-    int32_t *inputs = job->decoder_ids;
-    for (int32_t s = 0; s < sequences; inputs += job->lengths[s++])
-        shift(inputs, t->info->decoder_start, t->answer_ids + (int64_t)s * most, job->lengths[s]);
+    SIDA_TRY(reserve_decoder(job, tokens));
+    int64_t first = 0;
+    for (int32_t s = 0; s < sequences; first += job->lengths[s++])
+        shift(job, first, t->info->decoder_start, t->answer_ids + (int64_t)s * most, NULL,
+              job->lengths[s]);
 out:
     return status;
 }

@@ -40,13 +40,14 @@ out:
 }
 
 static sida_status append_side(sida_part_writer *w, const sida_trace_job *job, int side,
-                               const int64_t *lengths, const int32_t *ids) {
+                               const int64_t *lengths, const int32_t *ids, const uint8_t *content) {
     sida_status status = SIDA_OK;
     int32_t sequences = job->batch->input.sequences;
     int64_t tokens = 0;
     for (int32_t s = 0; s < sequences; s++) tokens += lengths[s];
     SIDA_TRY(sida_recorder_gather(&w->recorder, job->recording, side, sequences, lengths));
     memcpy(w->recorder.rows.tokens, ids, (size_t)tokens * sizeof *ids);
+    memcpy(w->recorder.rows.content, content, (size_t)tokens);
     SIDA_TRY(sida_trace_append_side(w->part, side, sequences, lengths, &w->recorder.rows));
     w->tokens += tokens;
 out:
@@ -63,8 +64,9 @@ static sida_status append_batch(sida_part_writer *w, const sida_trace_job *job) 
     for (int32_t s = 0; s < input->sequences; s++)
         w->lengths[s] = input->offsets[s + 1] - input->offsets[s];
     memset(w->generated, !has_targets, (size_t)input->sequences);
-    SIDA_TRY(append_side(w, job, SIDA_ENCODER, w->lengths, input->ids));
-    SIDA_TRY(append_side(w, job, SIDA_DECODER, job->lengths, job->decoder_ids));
+    SIDA_TRY(append_side(w, job, SIDA_ENCODER, w->lengths, input->ids, batch->content[0]));
+    SIDA_TRY(
+        append_side(w, job, SIDA_DECODER, job->lengths, job->decoder_ids, job->decoder_content));
     /* The decoder's lengths are the target's where there is one. */
     SIDA_TRY(sida_trace_append_sequences(w->part, input->sequences, batch->lines, batch->labels,
                                          w->generated, has_targets ? job->lengths : NULL,

@@ -20,6 +20,8 @@ typedef struct sida_trace_job {
     int64_t *lengths;          /* [batch] decoder tokens of each sequence */
     int32_t *decoder_ids;      /* the decoder's inputs, end to end */
     size_t decoder_capacity;
+    uint8_t *decoder_content; /* a flag for each of these */
+    size_t content_capacity;
 } sida_trace_job;
 
 typedef struct sida_part_writer sida_part_writer;

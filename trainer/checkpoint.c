@@ -118,29 +118,44 @@ out:
 static void describe(char *text, size_t size, const json_t *value) {
     char *dump =
         value ? json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT | JSON_REAL_PRECISION(6)) : NULL;
-    snprintf(text, size, "%s", dump ? dump : "none");
+    snprintf(text, size, "%s", dump ? dump : "the default"); /* what is left out */
     free(dump);
 }
 
-/* The first leaf that differs, "training.lr". */
+static sida_status differs(const char *path, const char *name, const json_t *old,
+                           const json_t *now) {
+    char was[80], is[80];
+    describe(was, sizeof was, old);
+    describe(is, sizeof is, now);
+    return sida_fail(SIDA_ERROR_MISMATCH,
+                     "%s: of a training with %s %s, not %s; remove it or give the same options",
+                     path, name, was, is);
+}
+
+static void join(char name[96], const char *prefix, const char *key) {
+    snprintf(name, 96, "%s%s%s", prefix, *prefix ? "." : "", key);
+}
+
+/* The first leaf that differs, "training.lr"; at last those that only the old one has. */
 static sida_status compare(const char *path, const char *prefix, const json_t *old,
                            const json_t *now) {
     const char *key;
     json_t *value;
+    char name[96];
     json_object_foreach((json_t *)now, key, value) {
         const json_t *other = json_object_get(old, key);
         if (other && json_equal(other, value)) continue;
-        char name[96], was[80], is[80];
-        snprintf(name, sizeof name, "%s%s%s", prefix, *prefix ? "." : "", key);
+        join(name, prefix, key);
         if (json_is_object(value) && json_is_object(other)) {
             sida_status status = compare(path, name, other, value);
             if (status != SIDA_OK) return status;
         }
-        describe(was, sizeof was, other);
-        describe(is, sizeof is, value);
-        return sida_fail(SIDA_ERROR_MISMATCH,
-                         "%s: of a training with %s %s, not %s; remove it or give the same options",
-                         path, name, was, is);
+        return differs(path, name, other, value);
+    }
+    json_object_foreach((json_t *)old, key, value) {
+        if (json_object_get(now, key)) continue;
+        join(name, prefix, key);
+        return differs(path, name, value, NULL);
     }
     return SIDA_OK;
 }
@@ -189,8 +204,6 @@ sida_status sida_checkpoint_read(sida_train_state *state, const char *path,
         SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: not a checkpoint", path);
     SIDA_TRY(check_device(path, theirs.config, meta->config));
     SIDA_TRY(compare(path, "", theirs.config, meta->config));
-    if (!json_equal(theirs.config, meta->config))
-        SIDA_FAIL(SIDA_ERROR_MISMATCH, "%s: of a training with other settings", path);
     SIDA_TRY(get_i64(file, "step", 0, INT64_MAX / 2, &step));
     SIDA_TRY(get_i64(file, "epoch", 0, epochs, &epoch));
     SIDA_TRY(get_i64(file, "batch", 0, INT32_MAX, &batch));

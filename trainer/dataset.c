@@ -4,6 +4,7 @@
 #include "formats/base/rng.h"
 
 #include <inttypes.h>
+#include <jansson.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,6 +40,7 @@ void sida_dataset_free(sida_dataset *data) {
         free(s->dropped);
         free(s->top_ids);
         free(s->top_logp);
+        free(s->content);
     }
     free(data->embedding);
     free(data->path);
@@ -57,8 +59,8 @@ static sida_status allocate(void *out, size_t item, const char *path, int64_t to
     return sida_alloc((void **)out, items, item, path);
 }
 
-/* The top lists of `count` tokens: ids distinct, log-probabilities of something like a
- * distribution. The reader has checked ranges and NaN. */
+/* The top lists of `count` tokens: ids (NULL: not read) distinct, log-probabilities of something
+ * like a distribution. The reader has checked ranges and NaN. */
 static sida_status check_top(const sida_dataset *data, const uint16_t *ids, const uint16_t *logp,
                              int64_t rows, int32_t width, uint32_t *stamps, uint32_t *stamp) {
     for (int64_t i = 0; i < rows; i++) {
@@ -67,8 +69,8 @@ static sida_status check_top(const sida_dataset *data, const uint16_t *ids, cons
             *stamp = 1;
         }
         for (int32_t j = 0; j < width; j++) {
-            uint16_t id = ids[i * width + j];
-            if (stamps[id] == *stamp)
+            uint16_t id = ids ? ids[i * width + j] : 0;
+            if (ids && stamps[id] == *stamp)
                 return sida_fail(SIDA_ERROR_FORMAT, "%s: expert %d twice in one top list",
                                  data->path, id);
             stamps[id] = *stamp;
@@ -82,7 +84,8 @@ static sida_status check_top(const sida_dataset *data, const uint16_t *ids, cons
     return SIDA_OK;
 }
 
-static sida_status read_side(sida_dataset *data, sida_trace *trace, int side, int32_t top) {
+static sida_status read_side(sida_dataset *data, sida_trace *trace, int side, int32_t top,
+                             bool with_ids) {
     sida_status status = SIDA_OK;
     const sida_trace_info *info = sida_trace_get_info(trace);
     sida_dataset_side *s = &data->sides[side];
@@ -94,13 +97,16 @@ static sida_status read_side(sida_dataset *data, sida_trace *trace, int side, in
     memcpy(s->offsets, sida_trace_offsets(trace, side),
            ((size_t)data->sequences + 1) * sizeof *s->offsets);
     SIDA_TRY(allocate(&s->ids, sizeof *s->ids, data->path, n, 1, 1));
+    SIDA_TRY(allocate(&s->content, sizeof *s->content, data->path, n, 1, 1));
     SIDA_TRY(allocate(&s->experts, sizeof *s->experts, data->path, n, layers, k));
     SIDA_TRY(allocate(&s->alpha, sizeof *s->alpha, data->path, n, layers, k));
     SIDA_TRY(allocate(&s->dropped, sizeof *s->dropped, data->path, n, layers, 1));
     if (top > 0) {
-        SIDA_TRY(allocate(&s->top_ids, sizeof *s->top_ids, data->path, n, layers, top));
+        if (with_ids) {
+            SIDA_TRY(allocate(&s->top_ids, sizeof *s->top_ids, data->path, n, layers, top));
+            SIDA_TRY(allocate(&ids, sizeof *ids, data->path, read_tokens, layers, info->top));
+        }
         SIDA_TRY(allocate(&s->top_logp, sizeof *s->top_logp, data->path, n, layers, top));
-        SIDA_TRY(allocate(&ids, sizeof *ids, data->path, read_tokens, layers, info->top));
         SIDA_TRY(allocate(&logp, sizeof *logp, data->path, read_tokens, layers, info->top));
         SIDA_TRY(SIDA_ALLOC(&stamps, data->experts, data->path));
     }
@@ -108,6 +114,7 @@ static sida_status read_side(sida_dataset *data, sida_trace *trace, int side, in
         int64_t count = n - first < read_tokens ? n - first : read_tokens;
         SIDA_TRY(sida_trace_read(trace, side, first, count,
                                  &(sida_trace_rows){.tokens = s->ids + first,
+                                                    .content = s->content + first,
                                                     .experts = s->experts + first * layers * k,
                                                     .alpha = s->alpha + first * layers * k,
                                                     .dropped = s->dropped + first * layers,
@@ -117,7 +124,7 @@ static sida_status read_side(sida_dataset *data, sida_trace *trace, int side, in
         SIDA_TRY(check_top(data, ids, logp, count * layers, info->top, stamps, &stamp));
         for (int64_t i = 0; i < count * layers; i++) {
             int64_t to = (first * layers + i) * top;
-            memcpy(s->top_ids + to, ids + i * info->top, (size_t)top * sizeof *ids);
+            if (ids) memcpy(s->top_ids + to, ids + i * info->top, (size_t)top * sizeof *ids);
             memcpy(s->top_logp + to, logp + i * info->top, (size_t)top * sizeof *logp);
         }
     }
@@ -159,6 +166,23 @@ out:
     return status;
 }
 
+static bool is_end(const json_t *eos, int32_t id) {
+    if (json_is_integer(eos)) return json_integer_value(eos) == id;
+    for (size_t i = 0; i < json_array_size(eos); i++)
+        if (json_integer_value(json_array_get(eos, i)) == id) return true;
+    return false;
+}
+
+/* A trace that does not say what is content: all but the config's end of a sequence (a number, or
+ * an array of some). */
+static void guess_content(sida_dataset *data, const char *config) {
+    json_t *root = json_loads(config, 0, NULL), *eos = json_object_get(root, "eos_token_id");
+    for (int side = 0; side < 2; side++)
+        for (int64_t i = 0; i < data->sides[side].tokens; i++)
+            data->sides[side].content[i] = !is_end(eos, data->sides[side].ids[i]);
+    json_decref(root);
+}
+
 static bool is_renormalised(const sida_dataset *data) {
     int32_t k = data->top_k;
     for (int side = 0; side < 2; side++)
@@ -195,14 +219,17 @@ sida_status sida_dataset_load(sida_dataset *out, const char *path, int32_t top) 
     out->tokenizer = info->tokenizer;
     out->experts = info->experts;
     out->top_k = info->top_k;
+    const bool with_ids = top != SIDA_DATASET_MARGINS;
+    if (!with_ids) top = info->top < 2 ? info->top : 2;
     out->top = top == 0 ? info->top : top < 0 ? 0 : top;
     out->d_model = info->d_model;
     out->vocabulary = info->vocabulary;
     out->sequences = (int32_t)info->sequences;
     for (int side = 0; side < 2; side++) {
         out->layers[side] = info->layers[side];
-        SIDA_TRY(read_side(out, trace, side, out->top));
+        SIDA_TRY(read_side(out, trace, side, out->top, with_ids));
     }
+    if (!info->has_content) guess_content(out, info->config);
     out->renormalised = is_renormalised(out);
     SIDA_TRY(read_embedding(out, trace));
 out:
@@ -246,21 +273,27 @@ static void weigh(float *weights, const float *alpha, int32_t k, sida_labels lab
             weights[j] = labels == SIDA_LABELS_WEIGHT && sum > 0 ? alpha[j] / sum : 1 / (float)k;
 }
 
+void sida_dataset_labels(uint16_t *labels, float *weights, const sida_dataset *data, int side,
+                         int64_t first, int64_t count) {
+    const sida_dataset_side *from = &data->sides[side];
+    int64_t k = data->top_k, row = k * data->layers[side];
+    if (count * row == 0) return;
+    memcpy(labels, from->experts + first * row, (size_t)(count * row) * sizeof *labels);
+    for (int64_t i = 0; i < count * row; i += k)
+        weigh(weights + i, from->alpha + first * row + i, data->top_k, data->labels);
+}
+
 static sida_status fill_labels(sida_minibatch_side *to, const sida_dataset *data, int side,
                                const int32_t *order) {
     sida_status status = SIDA_OK;
-    const sida_dataset_side *from = &data->sides[side];
-    int64_t k = data->top_k, row = k * data->layers[side];
+    int64_t row = (int64_t)data->top_k * data->layers[side];
     size_t items = (size_t)(sida_ragged_tokens(&to->tokens) * row) + 1;
     SIDA_TRY(SIDA_GROW(&to->labels, &to->label_items, items, "a batch"));
     SIDA_TRY(SIDA_GROW(&to->label_weights, &to->weight_items, items, "a batch"));
-    for (int32_t i = 0; i < to->tokens.sequences; i++) {
-        int64_t at = to->offsets[i] * row, source = from->offsets[order[i]] * row;
-        int64_t length = to->offsets[i + 1] * row - at;
-        memcpy(to->labels + at, from->experts + source, (size_t)length * sizeof *to->labels);
-        for (int64_t c = 0; c < length; c += k)
-            weigh(to->label_weights + at + c, from->alpha + source + c, data->top_k, data->labels);
-    }
+    for (int32_t i = 0; i < to->tokens.sequences; i++)
+        sida_dataset_labels(
+            to->labels + to->offsets[i] * row, to->label_weights + to->offsets[i] * row, data, side,
+            data->sides[side].offsets[order[i]], to->offsets[i + 1] - to->offsets[i]);
 out:
     return status;
 }

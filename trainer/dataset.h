@@ -27,6 +27,7 @@ typedef struct sida_dataset_side {
     uint8_t *dropped;   /* [n, layers] */
     uint16_t *top_ids;  /* [n, layers, top] */
     uint16_t *top_logp; /* [n, layers, top] fp16 bits */
+    uint8_t *content;   /* [n] 1: content (formats/README.md); NULL: all are */
 } sida_dataset_side;
 
 typedef struct sida_dataset {
@@ -42,7 +43,11 @@ typedef struct sida_dataset {
     float *embedding; /* [vocabulary, d_model]; rows of ids that do not occur are zero */
 } sida_dataset;
 
-/* Reads the whole trace. top: how many of its T are kept, 0: all of them, negative: none (then
+/* For a top of sida_dataset_load(): two, or one where the trace has no more, and of these the
+ * log-probabilities alone: top_ids is NULL. */
+enum { SIDA_DATASET_MARGINS = -2 };
+
+/* Reads the whole trace. top: how many of its T are kept, 0: all of them, -1: none (then
  * top_ids and top_logp are NULL). Errors: IO, FORMAT (also an empty trace), ARGUMENT when it has
  * fewer than `top`, MEMORY. */
 sida_status sida_dataset_load(sida_dataset *out, const char *path, int32_t top);
@@ -65,6 +70,11 @@ typedef struct sida_minibatch_side {
 typedef struct sida_minibatch {
     sida_minibatch_side sides[2];
 } sida_minibatch;
+
+/* What the cross-entropy of tokens first … first + count of a side is against: the chosen experts
+ * and their weights, of sum 1 in each pair; both [count, layers, top_k]. */
+void sida_dataset_labels(uint16_t *labels, float *weights, const sida_dataset *data, int side,
+                         int64_t first, int64_t count);
 
 /* Copies the sequences order[0 … count) out of the data. */
 sida_status sida_minibatch_fill(sida_minibatch *out, const sida_dataset *data, const int32_t *order,

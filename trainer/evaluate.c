@@ -1,166 +1,163 @@
 #include "trainer/evaluate.h"
 
 #include "formats/base/memory.h"
+#include "trainer/tally.h"
 
 #include <math.h>
-#include <stdbool.h>
 #include <stdlib.h>
-#include <string.h>
 
-/* Tokens of a batch: bounds the memory, as every token's E scores are kept. */
-enum { batch_tokens = 4096 };
-
-static const int hit_k[3] = {1, 3, 5};
-
-/* A probability of 1 counts as this one, whose logarithm is finite. */
-static const double most_certain = 1 - 1e-6;
-
-/* Sums of one layer. */
-typedef struct tally {
-    int64_t pairs, dropped, hits[3], slots[2], exact, used_sets, predicted_sets;
-    double recall, precision, equal, alpha, applied, covered[2];
-} tally;
+/* batch_tokens bounds the memory, as every token's E scores are kept. Margins are compared as
+ * whole numbers of 1 / margin_steps, which is finer than fp16 keeps their logarithms. */
+enum { batch_tokens = 4096, margin_steps = 65536, bootstrap_seed = 1, comparison_columns = 9 };
 
 void sida_evaluation_free(sida_evaluation *evaluation) {
     free(evaluation->per_layer);
+    free(evaluation->all.per_layer);
+    free(evaluation->per_sequence);
     *evaluation = (sida_evaluation){0};
 }
 
-static int32_t rank_of(const uint16_t *predicted, int32_t experts, int32_t expert) {
-    int32_t rank = 0;
-    while (rank < experts - 1 && predicted[rank] != expert) rank++;
-    return rank;
+typedef struct evaluating {
+    const sida_dataset *data;
+    sida_evaluation *out;
+    sida_tally *content;             /* [layers] */
+    sida_sums *all;                  /* [layers] */
+    int32_t edges[SIDA_MARGIN_BINS]; /* bin b ends before edges[b], in steps */
+    sida_set set;
+} evaluating;
+
+static bool is_content(const sida_dataset_side *s, int64_t token) {
+    return !s->content || s->content[token];
 }
 
-/* truth, applied [k]; predicted, alpha [experts]. */
-static void count_pair(tally *t, const uint16_t *predicted, const float *alpha, int32_t experts,
-                       const uint16_t *truth, const float *applied, int32_t k, bool renormalised) {
-    int32_t best = rank_of(predicted, experts, truth[0]), inside = 0;
-    double whole = 0;
-    t->pairs++;
-    for (int i = 0; i < 3; i++) t->hits[i] += best < hit_k[i];
-    for (int32_t j = 0; j < k; j++) {
-        int32_t rank = j == 0 ? best : rank_of(predicted, experts, truth[j]);
-        whole += (double)alpha[rank];
-        t->applied += (double)applied[j];
-        inside += rank < k;
-        for (int i = 0; i < 2; i++)
-            if (rank < k << i) {
-                t->slots[i]++;
-                t->covered[i] += (double)applied[j];
+/* --- what depends on the data alone */
+
+/* The router's margin at a token and layer, in steps. */
+static int32_t margin_of(const sida_dataset *data, int side, int64_t token, int32_t layer) {
+    const uint16_t *logp =
+        data->sides[side].top_logp + (token * data->layers[side] + layer) * data->top;
+    double margin = exp((double)sida_f16_to_f32(logp[0])) - exp((double)sida_f16_to_f32(logp[1]));
+    return (int32_t)(fmin(fmax(margin, 0), 1) * margin_steps);
+}
+
+/* Cuts the content pairs' margins at their quantiles. */
+static sida_status cut_margins(evaluating *e) {
+    sida_status status = SIDA_OK;
+    const sida_dataset *data = e->data;
+    int64_t *counts = NULL, total = 0, sum = 0;
+    if (data->top < 2) return SIDA_OK;
+    SIDA_TRY(SIDA_ALLOC(&counts, margin_steps + 1, "an evaluation"));
+    for (int side = 0; side < 2; side++)
+        for (int64_t i = 0; i < data->sides[side].tokens; i++)
+            for (int32_t l = 0; is_content(&data->sides[side], i) && l < data->layers[side]; l++) {
+                counts[margin_of(data, side, i, l)]++;
+                total++;
             }
+    int32_t bin = 0, last = 0;
+    for (int32_t m = 0; m <= margin_steps && bin < SIDA_MARGIN_BINS - 1; m++) {
+        sum += counts[m];
+        while (bin < SIDA_MARGIN_BINS - 1 && sum * SIDA_MARGIN_BINS >= total * (bin + 1))
+            e->edges[bin++] = m + 1;
     }
-    t->exact += inside == k;
-    double factor = renormalised && whole > 0 ? (double)alpha[best] / whole : (double)alpha[best];
-    t->alpha += fabs(factor - (double)applied[0]);
+    e->edges[SIDA_MARGIN_BINS - 1] = margin_steps + 1;
+    for (int b = 0; b < SIDA_MARGIN_BINS; b++) {
+        e->out->margins[b].from = (double)last / margin_steps;
+        last = e->edges[b];
+        e->out->margins[b].to = fmin((double)last / margin_steps, 1);
+    }
+    e->out->has_margins = true;
+out:
+    free(counts);
+    return status;
 }
 
-/* One sequence and layer. marks [experts]: 1 used, 2 predicted. */
-static void count_set(tally *t, uint8_t *marks, int32_t experts) {
-    int32_t used = 0, predicted = 0, both = 0;
-    for (int32_t e = 0; e < experts; e++) {
-        used += marks[e] & 1;
-        predicted += marks[e] >> 1;
-        both += marks[e] == 3;
-    }
-    if (used > 0) {
-        t->used_sets++;
-        t->recall += (double)both / used;
-    }
-    if (predicted > 0) {
-        t->predicted_sets++;
-        t->precision += (double)both / predicted;
-    }
+static int32_t margin_bin(const evaluating *e, int side, int64_t token, int32_t layer) {
+    if (!e->out->has_margins) return -1;
+    int32_t margin = margin_of(e->data, side, token, layer), bin = 0;
+    while (margin >= e->edges[bin]) bin++;
+    return bin;
 }
 
-/* What one sequence and layer would load: experts by the best rank that a token gives them (in
- * steps of k, as a token uses k), then by how probable it is that some token uses them, were the
- * tokens independent: 1 - Π (1 - α). */
-typedef struct wish {
-    int32_t step;
-    double weight; /* -Σ log(1 - α) */
-} wish;
-
-static bool wished_more(const wish *a, const wish *b) {
-    return a->step != b->step ? a->step < b->step : a->weight > b->weight;
+/* What a layer's mean α would be wrong by; all: tokens that are not content too. */
+static double constant_error(const sida_dataset *data, int side, int32_t layer, bool all) {
+    const sida_dataset_side *s = &data->sides[side];
+    double mean = 0, error = 0;
+    int64_t count = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t i = 0; i < s->tokens; i++) {
+            int64_t pair = i * data->layers[side] + layer;
+            if (s->dropped[pair] || !(all || is_content(s, i))) continue;
+            double alpha = (double)s->alpha[pair * data->top_k];
+            if (pass == 0) {
+                mean += alpha;
+                count++;
+            } else {
+                error += fabs(alpha - mean);
+            }
+        }
+        if (count > 0 && pass == 0) mean /= (double)count;
+    }
+    return error;
 }
 
-/* The recall where as many experts are loaded as were used. wishes [experts]: used up. */
-static void count_equal(tally *t, const uint8_t *marks, wish *wishes, int32_t experts) {
-    int32_t used = 0, both = 0;
-    for (int32_t e = 0; e < experts; e++) used += marks[e] & 1;
-    for (int32_t i = 0; i < used; i++) {
-        int32_t best = 0;
-        for (int32_t e = 1; e < experts; e++)
-            if (wished_more(&wishes[e], &wishes[best])) best = e;
-        wishes[best] = (wish){INT32_MAX, 0};
-        both += marks[best] & 1;
+/* --- counting */
+
+/* A sequence and layer. experts, alpha: of its first token, rows of all layers. */
+static void count_layer(evaluating *e, int side, int32_t sequence, int32_t layer, int32_t set_k,
+                        const uint16_t *predicted, const float *alpha) {
+    const sida_dataset *data = e->data;
+    const sida_dataset_side *s = &data->sides[side];
+    int32_t layers = data->layers[side], experts = data->experts, k = data->top_k;
+    int32_t at = (side ? data->layers[0] : 0) + layer;
+    int64_t first = s->offsets[sequence];
+    sida_tally parts[2] = {{.sums = {0}}, {.sums = {0}}}; /* content, the rest */
+    sida_set_clear(&e->set, experts);
+    for (int part = 0; part < 2; part++) {
+        for (int64_t i = first; i < s->offsets[sequence + 1]; i++) {
+            if (is_content(s, i) == (part == 1)) continue;
+            int64_t row = (i - first) * layers + layer, pair = i * layers + layer;
+            const sida_pair p = {.predicted = predicted + row * experts,
+                                 .alpha = alpha + row * experts,
+                                 .truth = s->experts + pair * k,
+                                 .applied = s->alpha + pair * k,
+                                 .dropped = s->dropped[pair] != 0,
+                                 .margin = margin_bin(e, side, i, layer)};
+            sida_tally_pair(&parts[part], &p, experts, k, data->renormalised);
+            sida_set_add(&e->set, &p, experts, k, set_k);
+        }
+        sida_sums_add(&e->all[at], &parts[part].sums);
+        if (part == 0) sida_tally_set(&parts[0].sums, &e->set, experts);
     }
-    if (used > 0) t->equal += (double)both / used;
+    sida_tally_set(&e->all[at], &e->set, experts);
+    sida_tally_add(&e->content[at], &parts[0]);
+    sida_sums_add(&e->out->per_sequence[(int64_t)sequence * 2 + side], &parts[0].sums);
 }
 
 /* One side of the sequences [first, last). */
-static void count_side(tally *tallies, uint8_t *marks, wish *wishes, const sida_dataset *data,
-                       int side, int32_t first, int32_t last, int32_t set_k,
+static void count_side(evaluating *e, int side, int32_t first, int32_t last, int32_t set_k,
                        const sida_hash_table *table) {
-    const sida_dataset_side *s = &data->sides[side];
-    int32_t layers = data->layers[side], experts = data->experts, k = data->top_k;
-    int64_t origin = s->offsets[first];
+    const int64_t *offsets = e->data->sides[side].offsets;
+    int64_t row = (int64_t)e->data->layers[side] * e->data->experts;
     for (int32_t q = first; q < last; q++)
-        for (int32_t l = 0; l < layers; l++) {
-            memset(marks, 0, (size_t)experts);
-            for (int32_t e = 0; e < experts; e++) wishes[e] = (wish){INT32_MAX - 1, 0};
-            for (int64_t i = s->offsets[q]; i < s->offsets[q + 1]; i++) {
-                const uint16_t *truth = s->experts + (i * layers + l) * k;
-                const uint16_t *guess = table->experts + ((i - origin) * layers + l) * experts;
-                const float *alpha = table->alpha + ((i - origin) * layers + l) * experts;
-                bool dropped = s->dropped[i * layers + l] != 0;
-                count_pair(&tallies[l], guess, alpha, experts, truth,
-                           s->alpha + (i * layers + l) * k, k, data->renormalised);
-                tallies[l].dropped += dropped;
-                for (int32_t j = 0; j < k && !dropped; j++) marks[truth[j]] |= 1;
-                for (int32_t j = 0; j < set_k; j++) marks[guess[j]] |= 2;
-                for (int32_t j = 0; j < experts; j++) {
-                    wish *w = &wishes[guess[j]];
-                    if (j / k < w->step) w->step = j / k;
-                    w->weight -= log1p(-fmin((double)alpha[j], most_certain));
-                }
-            }
-            count_set(&tallies[l], marks, experts);
-            count_equal(&tallies[l], marks, wishes, experts);
+        for (int32_t l = 0; l < e->data->layers[side]; l++) {
+            int64_t at = (offsets[q] - offsets[first]) * row;
+            count_layer(e, side, q, l, set_k, table->experts + at, table->alpha + at);
         }
-}
-
-static void add_tally(tally *to, const tally *from) {
-    to->pairs += from->pairs;
-    to->dropped += from->dropped;
-    for (int i = 0; i < 3; i++) to->hits[i] += from->hits[i];
-    for (int i = 0; i < 2; i++) {
-        to->slots[i] += from->slots[i];
-        to->covered[i] += from->covered[i];
-    }
-    to->exact += from->exact;
-    to->applied += from->applied;
-    to->used_sets += from->used_sets;
-    to->predicted_sets += from->predicted_sets;
-    to->recall += from->recall;
-    to->precision += from->precision;
-    to->equal += from->equal;
-    to->alpha += from->alpha;
 }
 
 static double per_cent(double part, int64_t whole) {
     return whole > 0 ? 100 * part / (double)whole : 0;
 }
 
-static sida_scores finish(const tally *t, int32_t k) {
+static sida_scores finish(const sida_sums *t, int32_t k) {
     sida_scores scores = {.pairs = t->pairs,
                           .dropped = t->dropped,
-                          .sets = t->used_sets,
-                          .set_recall = per_cent(t->recall, t->used_sets),
+                          .sets = t->sets,
+                          .set_recall = per_cent(t->recall, t->sets),
                           .set_precision = per_cent(t->precision, t->predicted_sets),
-                          .set_recall_equal = per_cent(t->equal, t->used_sets),
-                          .alpha_error = per_cent(t->alpha, t->pairs)};
+                          .set_recall_equal = per_cent(t->equal, t->sets),
+                          .alpha_error = per_cent(t->alpha, t->alpha_pairs),
+                          .alpha_constant_error = per_cent(t->alpha_constant, t->alpha_pairs)};
     for (int i = 0; i < 3; i++) scores.hit[i] = per_cent((double)t->hits[i], t->pairs);
     for (int i = 0; i < 2; i++) {
         scores.slot_recall[i] = per_cent((double)t->slots[i], t->pairs * k);
@@ -168,6 +165,47 @@ static sida_scores finish(const tally *t, int32_t k) {
     }
     scores.exact_set = per_cent((double)t->exact, t->pairs);
     return scores;
+}
+
+static void finish_bins(sida_evaluation *out, const sida_tally *whole) {
+    for (int b = 0; b < SIDA_CALIBRATION_BINS; b++) {
+        sida_calibration *to = &out->calibration[b];
+        to->pairs = whole->calibration[b].pairs;
+        to->predicted = per_cent(whole->calibration[b].predicted, to->pairs);
+        to->applied = per_cent(whole->calibration[b].applied, to->pairs);
+    }
+    for (int b = 0; b < SIDA_MARGIN_BINS; b++) {
+        sida_margin *to = &out->margins[b];
+        to->pairs = whole->margins[b].pairs;
+        for (int i = 0; i < 3; i++)
+            to->hit[i] = per_cent((double)whole->margins[b].hits[i], to->pairs);
+    }
+}
+
+static void finish_all(evaluating *e) {
+    sida_evaluation *out = e->out;
+    const sida_dataset *data = e->data;
+    sida_tally whole = {.sums = {0}};
+    sida_sums sides[2] = {{0}}, all[3] = {{0}}, overall = {0};
+    for (int side = 0, at = 0; side < 2; side++)
+        for (int32_t l = 0; l < data->layers[side]; l++, at++) {
+            e->content[at].sums.alpha_constant = constant_error(data, side, l, false);
+            e->all[at].alpha_constant = constant_error(data, side, l, true);
+            out->per_layer[at] = finish(&e->content[at].sums, data->top_k);
+            out->all.per_layer[at] = finish(&e->all[at], data->top_k);
+            sida_tally_add(&whole, &e->content[at]);
+            sida_sums_add(&sides[side], &e->content[at].sums);
+            sida_sums_add(&all[side], &e->all[at]);
+            sida_sums_add(&all[2], &e->all[at]);
+        }
+    overall = whole.sums;
+    for (int side = 0; side < 2; side++) {
+        out->sides[side] = finish(&sides[side], data->top_k);
+        out->all.sides[side] = finish(&all[side], data->top_k);
+    }
+    out->overall = finish(&overall, data->top_k);
+    out->all.overall = finish(&all[2], data->top_k);
+    finish_bins(out, &whole);
 }
 
 static sida_status check(const sida_hash_source *source, const sida_dataset *data, int32_t set_k) {
@@ -214,94 +252,90 @@ static sida_ragged slice(const sida_dataset *data, int side, int32_t first, int3
 sida_status sida_evaluate(
     sida_evaluation *out, const sida_hash_source *source, const sida_dataset *data, int32_t set_k,
     sida_status (*on_progress)(void *context, double fraction, int64_t tokens), void *context) {
-    *out = (sida_evaluation){
-        .chosen = data->top_k, .set_k = set_k, .layers = {data->layers[0], data->layers[1]}};
+    *out = (sida_evaluation){.chosen = data->top_k,
+                             .set_k = set_k,
+                             .layers = {data->layers[0], data->layers[1]},
+                             .sequences = data->sequences};
     sida_status status = SIDA_OK;
     sida_hash_state *state = NULL;
     sida_hash_table table = {0};
-    tally *tallies = NULL, sums[3] = {{0}};
-    uint8_t *marks = NULL;
-    wish *wishes = NULL;
+    evaluating e = {.data = data, .out = out};
     int64_t *offsets = NULL, done = 0;
     int32_t total = data->layers[0] + data->layers[1];
     SIDA_TRY(check(source, data, set_k));
-    SIDA_TRY(SIDA_ALLOC(&tallies, total, "an evaluation"));
+    SIDA_TRY(SIDA_ALLOC(&e.content, total, "an evaluation"));
+    SIDA_TRY(SIDA_ALLOC(&e.all, total, "an evaluation"));
     SIDA_TRY(SIDA_ALLOC(&out->per_layer, total, "an evaluation"));
-    SIDA_TRY(SIDA_ALLOC(&marks, data->experts, "an evaluation"));
-    SIDA_TRY(SIDA_ALLOC(&wishes, data->experts, "an evaluation"));
+    SIDA_TRY(SIDA_ALLOC(&out->all.per_layer, total, "an evaluation"));
+    SIDA_TRY(SIDA_ALLOC(&out->per_sequence, (size_t)data->sequences * 2, "an evaluation"));
     SIDA_TRY(SIDA_ALLOC(&offsets, (size_t)data->sequences + 1, "an evaluation"));
+    SIDA_TRY(sida_set_create(&e.set, data->experts));
+    SIDA_TRY(cut_margins(&e));
     SIDA_TRY(sida_hash_state_create(source, &state));
     for (int32_t first = 0, last; first < data->sequences; first = last) {
         last = batch_end(data, first);
         sida_ragged input = slice(data, 0, first, last, offsets);
         done += sida_ragged_tokens(&input);
         SIDA_TRY(sida_hash_encode(source, state, &input, data->experts, &table));
-        if (data->layers[0] > 0)
-            count_side(tallies, marks, wishes, data, 0, first, last, set_k, &table);
+        if (data->layers[0] > 0) count_side(&e, 0, first, last, set_k, &table);
         if (data->layers[1] > 0) {
             sida_ragged step = slice(data, 1, first, last, offsets);
             done += sida_ragged_tokens(&step);
             SIDA_TRY(sida_hash_decode(source, state, &step, data->experts, &table));
-            count_side(tallies + data->layers[0], marks, wishes, data, 1, first, last, set_k,
-                       &table);
+            count_side(&e, 1, first, last, set_k, &table);
         }
         if (on_progress) SIDA_TRY(on_progress(context, (double)last / data->sequences, done));
     }
-    for (int32_t l = 0; l < total; l++) {
-        out->per_layer[l] = finish(&tallies[l], data->top_k);
-        add_tally(&sums[l < data->layers[0] ? 0 : 1], &tallies[l]);
-        add_tally(&sums[2], &tallies[l]);
-    }
-    for (int side = 0; side < 2; side++) out->sides[side] = finish(&sums[side], data->top_k);
-    out->overall = finish(&sums[2], data->top_k);
+    finish_all(&e);
 out:
     sida_hash_state_destroy(source, state);
     sida_hash_table_free(&table);
-    free(tallies);
-    free(marks);
-    free(wishes);
+    sida_set_free(&e.set);
+    free(e.content);
+    free(e.all);
     free(offsets);
     if (status != SIDA_OK) sida_evaluation_free(out);
     return status;
 }
 
-static void add_scores(json_t *object, const sida_scores *scores, int32_t chosen) {
-    static const char *const names[3] = {"hit@1", "hit@3", "hit@5"};
-    for (int i = 0; i < 3; i++) json_object_set_new(object, names[i], json_real(scores->hit[i]));
-    json_object_set_new(object, "set_recall", json_real(scores->set_recall));
-    json_object_set_new(object, "set_precision", json_real(scores->set_precision));
-    json_object_set_new(object, "set_recall_equal", json_real(scores->set_recall_equal));
-    if (chosen > 1) {
-        const double *slot = scores->slot_recall, *weight = scores->weight_recall;
-        json_object_set_new(object, "slot_recall", json_real(slot[0]));
-        json_object_set_new(object, "slot_recall_2k", json_real(slot[1]));
-        json_object_set_new(object, "exact_set", json_real(scores->exact_set));
-        json_object_set_new(object, "weight_recall", json_real(weight[0]));
-        json_object_set_new(object, "weight_recall_2k", json_real(weight[1]));
-    }
-    json_object_set_new(object, "alpha_error", json_real(scores->alpha_error));
-    json_object_set_new(object, "pairs", json_integer(scores->pairs));
-    json_object_set_new(object, "dropped", json_integer(scores->dropped));
+/* --- two sources */
+
+/* A sequence's three columns: the sums that the rates are made of, and how many there are. */
+static void columns_of(double over[3], double under[3], const sida_sums *s) {
+    over[0] = (double)s->hits[0];
+    over[1] = (double)s->hits[1];
+    over[2] = s->equal;
+    under[0] = under[1] = (double)s->pairs;
+    under[2] = (double)s->sets;
 }
 
-json_t *sida_evaluation_to_json(const sida_evaluation *evaluation) {
-    static const char *const sides[2] = {"encoder", "decoder"};
-    json_t *root = json_object(), *overall = json_object(), *layers = json_array();
-    add_scores(overall, &evaluation->overall, evaluation->chosen);
-    json_object_set_new(root, "overall", overall);
-    for (int side = 0, at = 0; side < 2; side++) {
-        if (evaluation->layers[side] == 0) continue;
-        json_t *object = json_object();
-        add_scores(object, &evaluation->sides[side], evaluation->chosen);
-        json_object_set_new(root, sides[side], object);
-        for (int32_t l = 0; l < evaluation->layers[side]; l++, at++) {
-            json_t *layer = json_object();
-            json_object_set_new(layer, "side", json_string(sides[side]));
-            json_object_set_new(layer, "layer", json_integer(l));
-            add_scores(layer, &evaluation->per_layer[at], evaluation->chosen);
-            json_array_append_new(layers, layer);
+sida_status sida_evaluation_compare(sida_comparison out[3], const sida_evaluation *ours,
+                                    const sida_evaluation *theirs) {
+    sida_status status = SIDA_OK;
+    double *over = NULL, *under = NULL;
+    sida_interval intervals[comparison_columns];
+    size_t cells = (size_t)ours->sequences * comparison_columns;
+    SIDA_TRY(SIDA_ALLOC(&over, cells, "a comparison"));
+    SIDA_TRY(SIDA_ALLOC(&under, cells, "a comparison"));
+    for (int64_t q = 0; q < ours->sequences; q++)
+        for (int side = 0; side < 2; side++) {
+            double a[3], b[3], n[3], *row = over + q * comparison_columns,
+                                     *counts = under + q * comparison_columns;
+            columns_of(b, n, &theirs->per_sequence[q * 2 + side]);
+            columns_of(a, n, &ours->per_sequence[q * 2 + side]);
+            for (int c = 0; c < 3; c++) { /* overall, then the side */
+                row[c] += 100 * (a[c] - b[c]);
+                row[3 + side * 3 + c] = 100 * (a[c] - b[c]);
+                counts[c] += n[c];
+                counts[3 + side * 3 + c] = n[c];
+            }
         }
-    }
-    json_object_set_new(root, "layers", layers);
-    return root;
+    SIDA_TRY(sida_bootstrap(intervals, over, under, ours->sequences, comparison_columns,
+                            SIDA_RESAMPLES, bootstrap_seed));
+    for (int i = 0; i < 3; i++)
+        out[i] = (sida_comparison){{intervals[i * 3], intervals[i * 3 + 1]}, intervals[i * 3 + 2]};
+out:
+    free(over);
+    free(under);
+    return status;
 }

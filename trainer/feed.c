@@ -20,6 +20,8 @@ struct sida_feed {
     sida_backend *backend;
     const sida_dataset *data;
     int32_t batch, part;
+    int32_t labels;      /* of a pair; 0: the first of the top */
+    const int32_t *rows; /* of ids; NULL: the ids */
     const int32_t *order;
     int32_t count;
     sida_feed_limits limits;
@@ -51,30 +53,44 @@ static void *area(layout *at, int64_t count, size_t size) {
 /* The arrays of one side, to be written. */
 typedef struct arrays {
     int32_t *start, *count, *step, *other_start, *other_count, *ids, *source;
-    uint16_t *top_ids, *top_logp;
+    uint16_t *top_ids, *top_logp, *labels;
+    float *label_weights;
 } arrays;
 
-static arrays lay_side(layout *at, int64_t sequences, int64_t longest, int64_t tokens,
-                       int64_t width) {
-    return (arrays){.start = area(at, sequences, sizeof(int32_t)),
-                    .count = area(at, sequences, sizeof(int32_t)),
-                    .step = area(at, longest + 1, sizeof(int32_t)),
-                    .other_start = area(at, sequences, sizeof(int32_t)),
-                    .other_count = area(at, sequences, sizeof(int32_t)),
-                    .ids = area(at, tokens, sizeof(int32_t)),
-                    .source = area(at, tokens, sizeof(int32_t)),
-                    .top_ids = area(at, tokens * width, sizeof(uint16_t)),
-                    .top_logp = area(at, tokens * width, sizeof(uint16_t))};
-}
-
-static int64_t width_of(const sida_feed *feed, int side) {
-    return (int64_t)feed->data->layers[side] * feed->data->top;
+static arrays lay_side(const sida_feed *feed, layout *at, int side, int64_t sequences,
+                       int64_t longest, int64_t tokens) {
+    int64_t lists = tokens * feed->data->layers[side], tops = lists * feed->data->top;
+    arrays to = {.start = area(at, sequences, sizeof(int32_t)),
+                 .count = area(at, sequences, sizeof(int32_t)),
+                 .step = area(at, longest + 1, sizeof(int32_t)),
+                 .other_start = area(at, sequences, sizeof(int32_t)),
+                 .other_count = area(at, sequences, sizeof(int32_t)),
+                 .ids = area(at, tokens, sizeof(int32_t)),
+                 .source = area(at, tokens, sizeof(int32_t)),
+                 .top_ids = area(at, tops, sizeof(uint16_t)),
+                 .top_logp = area(at, tops, sizeof(uint16_t))};
+    if (feed->labels > 0) {
+        to.labels = area(at, lists * feed->labels, sizeof(uint16_t));
+        to.label_weights = area(at, lists * feed->labels, sizeof(float));
+    }
+    return to;
 }
 
 /* --- making one */
 
+/* A model that chooses one expert chooses the first of its list; a trace may say otherwise. */
+static bool has_labels(const sida_dataset *data) {
+    if (data->top_k > 1) return true;
+    for (int side = 0; side < 2; side++) {
+        const sida_dataset_side *s = &data->sides[side];
+        for (int64_t i = 0; s->experts && i < s->tokens * data->layers[side]; i++)
+            if (s->experts[i] != s->top_ids[i * data->top]) return true;
+    }
+    return false;
+}
+
 sida_status sida_feed_create(sida_feed **out, sida_backend *backend, const sida_dataset *data,
-                             int32_t batch, int32_t part) {
+                             int32_t batch, int32_t part, const int32_t *rows) {
     *out = NULL;
     sida_status status = SIDA_OK;
     sida_feed *feed = NULL;
@@ -82,8 +98,10 @@ sida_status sida_feed_create(sida_feed **out, sida_backend *backend, const sida_
     SIDA_TRY(SIDA_ALLOC(&feed, 1, "the training's input"));
     feed->backend = backend;
     feed->data = data;
+    feed->rows = rows;
     feed->batch = batch < data->sequences ? batch : data->sequences;
     feed->part = part == 0 || part > feed->batch ? feed->batch : part;
+    feed->labels = has_labels(data) ? data->top_k : 0;
     for (int side = 0; side < 2; side++) {
         SIDA_TRY(SIDA_ALLOC(&feed->places[side], feed->part, "the training's input"));
         SIDA_TRY(SIDA_ALLOC(&feed->ranks[side], feed->part, "the training's input"));
@@ -178,7 +196,8 @@ static void fill_side(const sida_feed *feed, const sida_feed_part *part, int sid
     const sida_feed_side *s = &part->sides[side];
     const sida_dataset_side *from = &feed->data->sides[side];
     const place *places = feed->places[side];
-    size_t width = (size_t)width_of(feed, side);
+    size_t width = (size_t)feed->data->layers[side] * (size_t)feed->data->top;
+    int64_t labels = (int64_t)feed->data->layers[side] * feed->labels;
     int32_t running = s->sequences;
     to->step[0] = 0;
     for (int32_t t = 0; t < s->longest; t++) {
@@ -198,12 +217,16 @@ static void fill_side(const sida_feed *feed, const sida_feed_part *part, int sid
         if (length == 0) continue;
         int64_t first = from->offsets[order[i]];
         for (int32_t t = 0; t < length; t++) {
-            to->ids[to->step[t] + r] = from->ids[first + t];
+            int32_t id = from->ids[first + t];
+            to->ids[to->step[t] + r] = feed->rows ? feed->rows[id] : id;
             to->source[to->step[t] + r] = token + t;
         }
         size_t items = (size_t)length * width, at = (size_t)first * width;
         memcpy(to->top_ids + (size_t)token * width, from->top_ids + at, items * sizeof(uint16_t));
         memcpy(to->top_logp + (size_t)token * width, from->top_logp + at, items * sizeof(uint16_t));
+        if (feed->labels > 0)
+            sida_dataset_labels(to->labels + token * labels, to->label_weights + token * labels,
+                                feed->data, side, first, length);
         token += length;
     }
 }
@@ -218,6 +241,8 @@ static void point(sida_feed_side *side, const arrays *at) {
     side->source = at->source;
     side->top_ids = at->top_ids;
     side->top_logp = at->top_logp;
+    side->labels = at->labels;
+    side->label_weights = at->label_weights;
 }
 
 /* Into the part's host buffer, and on its way to the device. */
@@ -229,9 +254,8 @@ static sida_status prepare(sida_feed *feed, sida_feed_part *part, const int32_t 
     for (int side = 0; side < 2; side++) rank(feed, part, side, order, count);
     for (int side = 0; side < 2; side++) {
         sida_feed_side *s = &part->sides[side];
-        int64_t width = width_of(feed, side);
-        arrays to = lay_side(&host, s->sequences, s->longest, s->tokens, width);
-        arrays there = lay_side(&device, s->sequences, s->longest, s->tokens, width);
+        arrays to = lay_side(feed, &host, side, s->sequences, s->longest, s->tokens);
+        arrays there = lay_side(feed, &device, side, s->sequences, s->longest, s->tokens);
         fill_side(feed, part, side, &to, order, count);
         point(s, &there);
     }
@@ -296,7 +320,7 @@ static sida_status measure(sida_feed *feed, size_t *bytes) {
                                      tokens);
                 raise32(&most->longest[side], longest);
                 if (tokens > most->tokens[side]) most->tokens[side] = tokens;
-                (void)lay_side(&counted, end - at, longest, tokens, width_of(feed, side));
+                (void)lay_side(feed, &counted, side, end - at, longest, tokens);
             }
             if (counted.used > *bytes) *bytes = counted.used;
         }

@@ -21,8 +21,11 @@ typedef struct sida_feed_side {
     const int32_t *ids;                 /* [n] */
     const int32_t *source;              /* [n] where the row's token is in the two lists */
     const uint16_t *top_ids, *top_logp; /* [n, layers, top] */
-    const int32_t *start, *count;       /* [sequences] rank and length */
-    const int32_t *step;                /* [longest + 1] */
+    /* [n, layers, top_k] sida_dataset_labels(); NULL where these are the first of top_ids. */
+    const uint16_t *labels;
+    const float *label_weights;
+    const int32_t *start, *count; /* [sequences] rank and length */
+    const int32_t *step;          /* [longest + 1] */
     /* [sequences] rank and length of the same sequences on the other side; where it has no tokens
      * there, 0 and 0. */
     const int32_t *other_start, *other_count;
@@ -45,9 +48,10 @@ typedef struct sida_feed_limits {
 
 typedef struct sida_feed sida_feed;
 
-/* Borrows backend and data. batch: sequences; part: of a batch, at a time; 0: all. */
+/* Borrows all. batch: sequences; part: of a batch, at a time; 0: all. rows [vocabulary]: what the
+ * parts' ids are, given the data's; NULL: the same. */
 sida_status sida_feed_create(sida_feed **out, sida_backend *backend, const sida_dataset *data,
-                             int32_t batch, int32_t part);
+                             int32_t batch, int32_t part, const int32_t *rows);
 void sida_feed_destroy(sida_feed *feed); /* waits for what reads its buffers; takes NULL */
 
 /* Starts on order[0 … count), borrowed until the last part has been taken; what is left of the last

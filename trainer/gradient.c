@@ -37,6 +37,67 @@ typedef struct side_blocks {
     float *workspace; /* [n + 6 sequences, hidden] */
 } side_blocks;
 
+/* Of both attentions, from that of what they added to. */
+static sida_status attention_backward(const sida_net_pass *pass, int side, float *d_out,
+                                      float *d_encoder, const float *d_mixed) {
+    sida_status status = SIDA_OK;
+    const sida_net_activations *a = &pass->sides[side];
+    /* The decoder's keys lie in its state's memory; in one call from an empty state they are the
+     * LSTM's outputs, row for row, so that keys and queries share one gradient. */
+    sida_sparsemax_attention_call self = a->self;
+    self.memory = a->out[pass->net->config.lstm_layers - 1];
+    self.k_start = self.q_start;
+    SIDA_TRY(sida_sparsemax_attention_backward_cpu(&(sida_sparsemax_attention_backward_call){
+        .d_queries = d_out, .d_memory = d_out, .d_out = d_mixed, .forward = &self}));
+    if (a->cross.sequences > 0)
+        SIDA_TRY(sida_sparsemax_attention_backward_cpu(&(sida_sparsemax_attention_backward_call){
+            .d_queries = d_out, .d_memory = d_encoder, .d_out = d_mixed, .forward = &a->cross}));
+out:
+    return status;
+}
+
+/* d_out: gradient of the last layer's outputs; that of its input is added to b->compressed. */
+static sida_status lstm_backward(sida_net *gradient, const sida_net_pass *pass, int side,
+                                 const float *d_out, side_blocks *b) {
+    sida_status status = SIDA_OK;
+    const sida_net_config *c = &pass->net->config;
+    const sida_net_trunk *trunk = &pass->net->trunks[side];
+    sida_net_trunk *to = &gradient->trunks[side];
+    const sida_net_activations *a = &pass->sides[side];
+    int64_t n = a->tokens;
+    int directions = sida_net_directions(c, side);
+    int32_t units = c->hidden / directions;
+    const float *above = d_out;
+    float *pair[2] = {b->above, b->below};
+    for (int l = c->lstm_layers - 1; l >= 0; l--) {
+        const float *x = l == 0 ? a->compressed : a->out[l - 1];
+        float *below = l == 0 ? b->compressed : pair[l % 2];
+        if (l > 0) memset(below, 0, (size_t)(n * c->hidden) * sizeof *below);
+        for (int way = 0; way < directions; way++) {
+            int cell = l * directions + way;
+            SIDA_TRY(sida_lstm_backward_cpu(
+                &(sida_lstm_backward_call){.d_gates = b->gates,
+                                           .d_recurrent = to->recurrent[cell].weight,
+                                           .d_bias = to->recurrent[cell].bias,
+                                           .d_out = above + (int64_t)way * units,
+                                           .out = a->out[l] + (int64_t)way * units,
+                                           .ldo = c->hidden,
+                                           .gates = a->gates[l] + way * n * 4 * units,
+                                           .cells = a->cells[l] + way * n * units,
+                                           .recurrent = sida_net_weight(&trunk->recurrent[cell]),
+                                           .sequences = pass->sequences,
+                                           .hidden = units,
+                                           .offsets = a->offsets,
+                                           .reverse = way == 1,
+                                           .workspace = b->workspace}));
+            linear_backward(&to->input[cell], &trunk->input[cell], below, b->gates, x, n);
+        }
+        above = below;
+    }
+out:
+    return status;
+}
+
 /* d_out: gradient of the last LSTM layer's output from outside this side, or zeros; used up. */
 static sida_status side_backward(sida_net *gradient, const sida_net_pass *pass, int side,
                                  const float *d_logits, float *d_out, float *d_encoder,
@@ -52,44 +113,11 @@ static sida_status side_backward(sida_net *gradient, const sida_net_pass *pass, 
     memset(b->compressed, 0, bytes);
     linear_backward(&to->heads, &trunk->heads, b->mixed, d_logits, a->mixed, n);
     linear_backward(&to->residual, &trunk->residual, b->compressed, b->mixed, a->compressed, n);
-
-    /* The decoder's keys lie in its state's memory; in one call from an empty state they are the
-     * LSTM's outputs, row for row, so that keys and queries share one gradient. */
-    sida_sparsemax_attention_call self = a->self;
-    self.memory = a->out[c->lstm_layers - 1];
-    self.k_start = self.q_start;
-    SIDA_TRY(sida_sparsemax_attention_backward_cpu(&(sida_sparsemax_attention_backward_call){
-        .d_queries = d_out, .d_memory = d_out, .d_out = b->mixed, .forward = &self}));
-    if (a->cross.sequences > 0)
-        SIDA_TRY(sida_sparsemax_attention_backward_cpu(&(sida_sparsemax_attention_backward_call){
-            .d_queries = d_out, .d_memory = d_encoder, .d_out = b->mixed, .forward = &a->cross}));
-
-    const float *above = d_out;
-    float *pair[2] = {b->above, b->below};
-    for (int l = c->lstm_layers - 1; l >= 0; l--) {
-        SIDA_TRY(sida_lstm_backward_cpu(
-            &(sida_lstm_backward_call){.d_gates = b->gates,
-                                       .d_recurrent = to->recurrent[l].weight,
-                                       .d_bias = to->recurrent[l].bias,
-                                       .d_out = above,
-                                       .out = a->out[l],
-                                       .gates = a->gates[l],
-                                       .cells = a->cells[l],
-                                       .recurrent = sida_net_weight(&trunk->recurrent[l]),
-                                       .sequences = pass->sequences,
-                                       .hidden = c->hidden,
-                                       .offsets = a->offsets,
-                                       .workspace = b->workspace}));
-        if (l == 0) {
-            linear_backward(&to->input[0], &trunk->input[0], b->compressed, b->gates, a->compressed,
-                            n);
-            break;
-        }
-        float *below = pair[l % 2];
-        memset(below, 0, bytes);
-        linear_backward(&to->input[l], &trunk->input[l], below, b->gates, a->out[l - 1], n);
-        above = below;
-    }
+    if (c->attention == SIDA_NET_NO_ATTENTION) /* o = h + …, and nothing else reads h */
+        memcpy(d_out, b->mixed, bytes);
+    else
+        SIDA_TRY(attention_backward(pass, side, d_out, d_encoder, b->mixed));
+    SIDA_TRY(lstm_backward(gradient, pass, side, d_out, b));
     relu_backward(b->compressed, a->compressed, n * h);
     linear_backward(&to->compress, &trunk->compress, NULL, b->compressed, a->embedded, n);
 out:

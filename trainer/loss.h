@@ -1,13 +1,17 @@
 /* What the predictor is trained on: truncated knowledge distillation from the router's distribution
- * plus λ times the cross-entropy against what it chose, in SiDA-MoE's terms TKD + λ·CE. */
+ * plus λ times the cross-entropy against what it chose, in SiDA-MoE's terms TKD + λ·CE. The kinds
+ * and their formulas: sida_tkd in train_ops.h. */
 #ifndef SIDA_TRAINER_LOSS_H
 #define SIDA_TRAINER_LOSS_H
 
 #include "runtime/ops/train_ops.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
-const char *sida_tkd_name(sida_tkd tkd); /* "rest", "l1-renorm" */
+extern const char sida_tkd_names[];      /* all that are known: for messages */
+const char *sida_tkd_name(sida_tkd tkd); /* "rest", "l1-renorm", "kl-top", … */
+bool sida_tkd_from_name(sida_tkd *out, const char *name);
 
 typedef struct sida_loss_call {
     float *d_logits;          /* [pairs, experts] out: gradient of scale * (sum of losses) */

@@ -37,8 +37,9 @@ static bool present(const sida_step_cuda *step, int side) {
 
 static sida_status copy_embedding(sida_step_cuda *step, sida_weight embedding) {
     sida_status status = SIDA_OK;
-    size_t bytes = (size_t)embedding.rows * (size_t)embedding.cols * sizeof(float);
-    assert(embedding.dtype == SIDA_F32 && embedding.cols == step->config.d_model);
+    size_t bytes =
+        (size_t)embedding.rows * (size_t)embedding.cols * sida_dtype_bytes(embedding.dtype);
+    assert(embedding.cols == step->config.d_model);
     SIDA_TRY(sida_buffer_create(step->stream->backend, &step->embedding, SIDA_MEMORY_DEVICE, bytes,
                                 "the embedding"));
     SIDA_TRY(sida_copy(step->stream, step->embedding->data, embedding.data, bytes));
@@ -65,7 +66,6 @@ sida_status sida_step_cuda_create(sida_step_cuda **out, sida_stream *stream,
     memcpy(step->shapes, shapes->trunks, sizeof step->shapes);
     for (int i = 0; i < SIDA_STEPS_AHEAD; i++)
         SIDA_TRY(sida_event_create(stream->backend, &step->done[i]));
-    if (step->ops->prepare) SIDA_TRY(step->ops->prepare(stream));
     SIDA_TRY(copy_embedding(step, embedding));
     *out = step;
     step = NULL;
@@ -99,17 +99,24 @@ static sida_status make_rnns(sida_step_cuda *step, const sida_feed_limits *limit
     }
     for (int side = 0; side < 2; side++) {
         if (!present(step, side)) continue;
+        bool bidirectional = sida_net_directions(&step->config, side) == 2;
+        bool own = step->options.tf32 &&
+                   sida_lstm_train_possible(step->stream->backend,
+                                            step->config.hidden / (bidirectional ? 2 : 1));
+        step->in_place[side] = own;
         SIDA_TRY(sida_rnn_create(
             &step->rnn[side], step->stream,
             &(sida_rnn_options){.hidden = step->config.hidden,
                                 .layers = step->config.lstm_layers,
+                                .bidirectional = bidirectional,
                                 .sequences = limits->sequences,
                                 .longest = (int32_t)larger(limits->longest[side], 1),
                                 .tokens = larger(limits->tokens[side], 1),
                                 .layout = SIDA_RNN_PACKED,
-                                .algorithm = SIDA_RNN_STANDARD,
+                                .algorithm = own ? SIDA_RNN_CLUSTER : SIDA_RNN_STANDARD,
                                 .tf32 = step->options.tf32,
-                                .beside = side == 1 ? step->rnn[0] : NULL}));
+                                .beside = side == 1 && !own && !step->in_place[0] ? step->rnn[0]
+                                                                                  : NULL}));
     }
 out:
     return status;
@@ -160,7 +167,7 @@ size_t sida_step_score_bytes(const sida_step_cuda *step, int32_t sequences, int3
 
 static size_t scratch_bytes(const sida_step_cuda *step, const sida_feed_limits *limits) {
     const sida_net_config *c = &step->config;
-    size_t most = SIDA_STEP_SCORE_BYTES;
+    size_t most = 0;
     for (int side = 0; side < 2; side++) {
         int64_t width = larger(c->d_model, (int64_t)c->layers[side] * c->experts);
         size_t chunk =
@@ -169,9 +176,14 @@ static size_t scratch_bytes(const sida_step_cuda *step, const sida_feed_limits *
         if (chunk > most) most = chunk;
         for (int keys = 0; keys <= side; keys++) {
             if (limits->longest[side] == 0 || limits->longest[keys] == 0) continue;
+            /* sida_step_score_bytes() of any part is at most this. */
             size_t one = sida_sparsemax_train_bytes(1, limits->longest[side], limits->longest[keys],
                                                     c->hidden, true);
+            size_t all = sida_sparsemax_train_bytes(limits->sequences, limits->longest[side],
+                                                    limits->longest[keys], c->hidden, true);
+            if (all > SIDA_STEP_SCORE_BYTES) all = SIDA_STEP_SCORE_BYTES;
             if (one > most) most = one;
+            if (all > most) most = all;
         }
     }
     return most;
@@ -199,7 +211,10 @@ static void lay_work(sida_step_cuda *step, layout *at, const sida_feed_limits *l
         a->cross = floats(at, side == 1 && present(step, 0) ? n : 0, 2);
     }
     step->d_outs = floats(at, limits->tokens[0] + limits->tokens[1], h);
-    step->d_compressed = floats(at, larger(limits->tokens[0], limits->tokens[1]), h);
+    step->d_compressed = NULL;
+    for (int side = 0; side < 2; side++)
+        if (present(step, side) && !step->in_place[side] && !step->d_compressed)
+            step->d_compressed = floats(at, larger(limits->tokens[0], limits->tokens[1]), h);
     step->scratch_bytes = scratch_bytes(step, limits);
     step->scratch = area(at, (int64_t)step->scratch_bytes, 1, 1);
     step->sums = area(at, (int64_t)SIDA_COLUMN_SUM_BYTES(larger(outputs, h)), 1, 1);
@@ -277,8 +292,8 @@ static void reorder(const sida_step_cuda *step, const sida_net *net, float *thei
             memcpy(back ? there : here, back ? here : there,
                    (size_t)tensors[i].items * sizeof(float));
         }
-        sida_rnn_weights lstm[SIDA_NET_LSTM_MAX];
-        for (int l = 0; l < net->config.lstm_layers; l++)
+        sida_rnn_weights lstm[SIDA_NET_CELLS_MAX]; /* both count directions alike */
+        for (int l = 0; l < net->config.lstm_layers * sida_net_directions(&net->config, side); l++)
             lstm[l] = (sida_rnn_weights){
                 .input_weight = theirs + (t->input[l].weight - net->parameters),
                 .input_bias = theirs + (t->input[l].bias - net->parameters),

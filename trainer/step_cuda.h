@@ -13,11 +13,11 @@ typedef struct sida_step_cuda sida_step_cuda;
 typedef struct sida_step_cuda_options {
     sida_tkd tkd;
     double lambda, clip;
-    int32_t top;
-    bool tf32; /* products may round their factors to TF32 */
+    int32_t top, label_count; /* the data's top and top_k */
+    bool tf32;                /* products may round their factors to TF32 */
 } sida_step_cuda_options;
 
-/* embedding: [vocabulary, d_model] on the host, copied. stream is borrowed. */
+/* embedding: [rows that the feed's ids name, d_model] on the host, copied. stream is borrowed. */
 sida_status sida_step_cuda_create(sida_step_cuda **out, sida_stream *stream,
                                   const sida_net_config *config, sida_weight embedding,
                                   const sida_step_cuda_options *options);

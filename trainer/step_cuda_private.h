@@ -2,6 +2,7 @@
 #ifndef SIDA_TRAINER_STEP_CUDA_PRIVATE_H
 #define SIDA_TRAINER_STEP_CUDA_PRIVATE_H
 
+#include "runtime/ops/lstm_train.h"
 #include "runtime/ops/ops.h"
 #include "runtime/ops/rnn.h"
 #include "trainer/step_cuda.h"
@@ -34,6 +35,7 @@ struct sida_step_cuda {
     sida_net_trunk shapes[2]; /* rows and cols; the pointers are not used */
     sida_step_cuda_options options;
     sida_rnn *rnn[2];
+    bool in_place[2];        /* its d_x may be its d_y */
     sida_feed_limits limits; /* what there is memory for */
     /* Parameters, gradient, first and second moments: [count] each, in the order of `places`. */
     sida_buffer *parameters, *staging; /* staging: three of them on the host */
@@ -43,7 +45,7 @@ struct sida_step_cuda {
     sida_weight table; /* in it */
     sida_buffer *work; /* activations and scratch */
     sida_step_activations sides[2];
-    float *d_compressed; /* [most rows of a side, hidden] */
+    float *d_compressed; /* [most rows of a side, hidden]; NULL: always in place of d_out */
     float *d_outs;       /* both sides' d_out */
     void *scratch;       /* a chunk of embeddings or logits, or scores */
     size_t scratch_bytes;

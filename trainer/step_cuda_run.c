@@ -44,7 +44,16 @@ static sida_status embed(const side_call *q, int64_t first, int64_t rows) {
                                    q->rows->ids + first, rows);
 }
 
-/* Everything below the attention. */
+static bool attends(const side_call *q) {
+    return q->step->config.attention != SIDA_NET_NO_ATTENTION;
+}
+
+/* Of [n, hidden]. */
+static size_t activation_bytes(const side_call *q) {
+    return (size_t)(q->n * q->step->config.hidden) * sizeof(float);
+}
+
+/* Everything below the attention; without one, all that the heads read. */
 static sida_status run_trunk(const side_call *q) {
     sida_status status = SIDA_OK;
     sida_step_cuda *step = q->step;
@@ -53,6 +62,10 @@ static sida_status run_trunk(const side_call *q) {
     const bool tf32 = step->options.tf32;
     SIDA_TRY(sida_rnn_set_lengths(step->rnn[q->side], q->rows->lengths, q->rows->sequences));
     assert(sida_rnn_rows(step->rnn[q->side]) == q->n);
+    sida_rnn_set_rows(
+        step->rnn[q->side],
+        &(sida_row_map){q->rows->start, q->rows->step, q->rows->count, q->rows->longest},
+        q->rows->sequences);
     for (int64_t first = 0; first < q->n; first += SIDA_STEP_CHUNK_ROWS) {
         int64_t rows = sida_step_smaller(q->n - first, SIDA_STEP_CHUNK_ROWS);
         SIDA_TRY(embed(q, first, rows));
@@ -63,9 +76,11 @@ static sida_status run_trunk(const side_call *q) {
     }
     SIDA_TRY(sida_rnn_forward(step->rnn[q->side], q->a->out, q->a->compressed,
                               sida_step_array(step, SIDA_STEP_PARAMETERS) + p->lstm));
-    SIDA_TRY(sida_linear_train_cuda(step->stream, q->a->mixed, q->a->compressed,
-                                    weight_of(q, &shape->residual, p->residual_weight),
-                                    bias_of(q, p->residual_bias), SIDA_EPILOGUE_NONE, q->n, tf32));
+    if (!attends(q)) SIDA_TRY(sida_copy(step->stream, q->a->mixed, q->a->out, activation_bytes(q)));
+    SIDA_TRY(sida_linear_train_cuda(
+        step->stream, q->a->mixed, q->a->compressed,
+        weight_of(q, &shape->residual, p->residual_weight), bias_of(q, p->residual_bias),
+        attends(q) ? SIDA_EPILOGUE_NONE : SIDA_EPILOGUE_ADD, q->n, tf32));
 out:
     return status;
 }
@@ -87,6 +102,7 @@ static sida_sparsemax_train_call attention(const side_call *q, int keys) {
                                        .sequences = r->sequences,
                                        .width = step->config.hidden,
                                        .causal = self && q->side == 1,
+                                       .softmax = step->config.attention == SIDA_NET_SOFTMAX,
                                        .tf32 = step->options.tf32,
                                        .workspace = step->scratch,
                                        .workspace_bytes = bytes};
@@ -94,7 +110,7 @@ static sida_sparsemax_train_call attention(const side_call *q, int keys) {
 
 /* Whether this side's queries see anything of the encoder. */
 static bool crosses(const side_call *q) {
-    return q->side == 1 && q->part->sides[0].tokens > 0;
+    return attends(q) && q->side == 1 && q->part->sides[0].tokens > 0;
 }
 
 /* Sums what a side's partials hold, before they are written again. */
@@ -132,6 +148,9 @@ static sida_status run_heads(const side_call *q) {
                                                        .bias = bias_of(q, p->heads_bias),
                                                        .top_ids = q->rows->top_ids,
                                                        .top_logp = q->rows->top_logp,
+                                                       .labels = q->rows->labels,
+                                                       .label_weights = q->rows->label_weights,
+                                                       .label_count = step->options.label_count,
                                                        .source = q->rows->source + first,
                                                        .rows = rows,
                                                        .layers = c->layers[q->side],
@@ -162,9 +181,11 @@ out:
 static sida_status forward(const side_call *q) {
     sida_status status = SIDA_OK;
     if (q->n == 0) return SIDA_OK;
-    sida_sparsemax_train_call self = attention(q, q->side);
     SIDA_TRY(run_trunk(q));
-    SIDA_TRY(sida_sparsemax_train_forward_cuda(q->step->stream, &self));
+    if (attends(q)) {
+        sida_sparsemax_train_call self = attention(q, q->side);
+        SIDA_TRY(sida_sparsemax_train_forward_cuda(q->step->stream, &self));
+    }
     if (crosses(q)) {
         sida_sparsemax_train_call cross = attention(q, 0);
         SIDA_TRY(sida_sparsemax_train_forward_cuda(q->step->stream, &cross));
@@ -182,9 +203,14 @@ static sida_status backward(const side_call *q) {
     const sida_net_trunk *shape = &step->shapes[q->side];
     const sida_step_places *p = &step->places[q->side];
     sida_rnn *rnn = step->rnn[q->side];
-    float *d_out = q->a->d_out, *d_mixed = q->a->mixed, *d_compressed = step->d_compressed;
-    sida_sparsemax_train_call self = attention(q, q->side);
-    SIDA_TRY(sida_sparsemax_train_backward_cuda(stream, d_out, d_out, d_mixed, &self));
+    float *d_out = q->a->d_out, *d_mixed = q->a->mixed;
+    float *d_compressed = step->in_place[q->side] ? d_out : step->d_compressed;
+    if (attends(q)) {
+        sida_sparsemax_train_call self = attention(q, q->side);
+        SIDA_TRY(sida_sparsemax_train_backward_cuda(stream, d_out, d_out, d_mixed, &self));
+    } else { /* o = h + …, and nothing else reads h */
+        SIDA_TRY(sida_copy(stream, d_out, d_mixed, activation_bytes(q)));
+    }
     if (crosses(q)) {
         sida_sparsemax_train_call cross = attention(q, 0);
         SIDA_TRY(sida_sparsemax_train_backward_cuda(stream, d_out, step->sides[0].d_out, d_mixed,

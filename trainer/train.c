@@ -16,9 +16,6 @@
 #include <string.h>
 #include <unistd.h>
 
-/* LSTM layers of a new predictor: the paper's. */
-enum { lstm_layers = 2 };
-
 const char *sida_schedule_name(sida_schedule schedule) {
     return schedule == SIDA_SCHEDULE_COSINE ? "cosine" : "constant";
 }
@@ -27,6 +24,7 @@ sida_train_options sida_train_defaults(void) {
     return (sida_train_options){.device = "auto",
                                 .epochs = 30,
                                 .batch = 16,
+                                .lstm_layers = 2, /* the paper's */
                                 .warmup = 100,
                                 .lr = 5e-3,
                                 .lambda = 0.5,
@@ -75,6 +73,7 @@ static json_t *config_json(const training *t, const sida_net_config *net) {
     json_object_set_new(settings, "lambda", json_real(o->lambda));
     json_object_set_new(settings, "labels", json_string(sida_labels_name(o->labels)));
     json_object_set_new(settings, "top", json_integer(t->train.top));
+    json_object_set_new(settings, "patience", json_integer(o->patience));
     json_object_set_new(settings, "seed", json_integer(o->seed));
     json_object_set_new(settings, "optimizer", json_string("adamw"));
     if (strcmp(t->backend->table->name, "cpu") != 0) {
@@ -90,9 +89,10 @@ static json_t *config_json(const training *t, const sida_net_config *net) {
 
 static sida_status check_options(const sida_train_options *o) {
     if (o->epochs < 1 || o->batch < 1 || o->device_batch < 0 || o->top < 0 || o->hidden < 0 ||
-        o->warmup < 0 || o->seed < 0 || o->checkpoint_every < 0 || !(o->lr > 0) ||
-        !(o->lambda >= 0) || !(o->weight_decay >= 0) || !(o->clip >= 0) || !isfinite(o->lr) ||
-        !isfinite(o->lambda) || !isfinite(o->weight_decay) || !isfinite(o->clip))
+        o->warmup < 0 || o->patience < 0 || o->seed < 0 || o->checkpoint_every < 0 ||
+        !(o->lr > 0) || !(o->lambda >= 0) || !(o->weight_decay >= 0) || !(o->clip >= 0) ||
+        !isfinite(o->lr) || !isfinite(o->lambda) || !isfinite(o->weight_decay) ||
+        !isfinite(o->clip))
         return sida_fail(SIDA_ERROR_ARGUMENT, "an option of the training is out of its range");
     return SIDA_OK;
 }
@@ -127,10 +127,12 @@ static sida_status prepare(training *t) {
     const sida_net_config config = {
         .d_model = t->train.d_model,
         .hidden = o->hidden > 0 ? o->hidden : sida_net_default_hidden(t->train.d_model),
-        .lstm_layers = lstm_layers,
+        .lstm_layers = o->lstm_layers,
         .experts = t->train.experts,
         .vocabulary = t->train.vocabulary,
-        .layers = {t->train.layers[0], t->train.layers[1]}};
+        .layers = {t->train.layers[0], t->train.layers[1]},
+        .attention = o->attention,
+        .bidirectional = o->bidirectional};
     t->meta.model = t->train.model;
     t->meta.tokenizer = t->train.tokenizer;
     SIDA_TRY(sida_strdup(&t->meta.source, "lstm"));
@@ -250,10 +252,16 @@ static sida_status give_up(training *t, sida_status status) {
     return sida_fail(status, "%s; sida train --resume continues from %s", reason, t->checkpoint);
 }
 
+/* By the state alone: a training that is resumed ends where it would have. */
+static bool out_of_patience(const training *t) {
+    const sida_train_state *s = &t->state;
+    return t->options->patience > 0 && s->epoch - s->best_epoch >= t->options->patience;
+}
+
 static sida_status loop(training *t) {
     sida_status status = SIDA_OK;
     sida_train_state *s = &t->state;
-    while (s->epoch < t->options->epochs) {
+    while (s->epoch < t->options->epochs && !out_of_patience(t)) {
         double begin = sida_clock_seconds();
         sida_dataset_shuffle(t->order, t->train.sequences, (uint64_t)t->options->seed, s->epoch);
         int32_t done = s->batch < t->batches ? s->batch * t->options->batch : t->train.sequences;
@@ -261,6 +269,9 @@ static sida_status loop(training *t) {
         while (s->batch < t->batches) SIDA_TRY(run_step(t));
         SIDA_TRY(end_epoch(t, begin));
     }
+    if (s->epoch < t->options->epochs)
+        sida_log(SIDA_LOG_INFO, "stopped after epoch %d: none was better since epoch %d", s->epoch,
+                 s->best_epoch);
 out:
     return give_up(t, status);
 }

@@ -2,6 +2,7 @@
 #ifndef SIDA_TRAINER_TRAIN_H
 #define SIDA_TRAINER_TRAIN_H
 
+#include "runtime/predictor/net.h"
 #include "runtime/predictor/sources.h"
 #include "trainer/evaluate.h"
 #include "trainer/loss.h"
@@ -33,9 +34,15 @@ typedef struct sida_train_options {
     bool fp32;             /* a GPU's products round no factor to TF32 */
     int32_t top;           /* of the trace's T; 0: all of them */
     int32_t hidden;        /* 0: sida_net_default_hidden */
-    int32_t warmup;        /* steps of rising lr */
+    int32_t lstm_layers;   /* 1 … SIDA_NET_LSTM_MAX */
+    bool bidirectional;    /* the encoder's LSTM */
+    sida_net_attention attention;
+    int32_t warmup; /* steps of rising lr */
     double lr, lambda, weight_decay;
     double clip; /* largest gradient norm; 0: no limit */
+    /* Ends the training after so many epochs on end without a better one (by what is kept, below);
+     * 0: never. */
+    int32_t patience;
     sida_tkd tkd;
     sida_labels labels; /* of the cross-entropy, where the model chooses more than one expert */
     sida_schedule schedule;

@@ -3,6 +3,7 @@
 #include "formats/base/clock.h"
 #include "formats/base/memory.h"
 #include "formats/base/queue.h"
+#include "runtime/engine/score.h"
 
 #include <assert.h>
 #include <pthread.h>
@@ -18,12 +19,13 @@ typedef struct item {
     int64_t number; /* within the pass */
     sida_hash_state *state;
     sida_hash_table tables[2]; /* the decoder's: of its next step */
+    sida_router_sets sets;     /* guided: of all that has been predicted so far */
 } item;
 
 /* Distinct experts of a table's layer; each thread that announces has one. */
 typedef struct collector {
-    int32_t *list;  /* [experts] */
-    uint8_t *taken; /* [experts] */
+    int32_t *list; /* [experts] */
+    uint8_t *left; /* [experts] that may be collected yet */
 } collector;
 
 typedef struct pass {
@@ -42,18 +44,19 @@ typedef struct pass {
     int64_t *first_offsets; /* the decoder's first step: one token a sequence */
     int32_t *first_ids;
     size_t first_offsets_capacity, first_ids_capacity;
-    double hash_wait_seconds;
+    double hash_wait_seconds, hash_seconds;
     /* The inference thread's. */
     collector here;
     item *current;
-    int64_t call; /* 0: the encoder, 1 + t: decoder step t */
-    sida_router_sets sets;
+    int64_t call;          /* 0: the encoder, 1 + t: decoder step t */
     sida_hasher **hashers; /* [hashers_count] one a sequence of the batch */
     size_t hashers_capacity, hashers_count;
     sida_hasher *digest;
     int32_t *ids, *counts, *global;
     size_t ids_capacity, counts_capacity;
-    double queue_wait_seconds;
+    double *nll; /* [sequences] */
+    size_t nll_capacity;
+    double queue_wait_seconds, first_wait_seconds, first_taken, step_hash_seconds;
 } pass;
 
 static void pause_here(const pass *p) {
@@ -69,16 +72,24 @@ static int64_t position_of(int64_t batch, int64_t call, int32_t site) {
 
 static void collect(collector *c, int32_t site, int32_t experts, int32_t e, int32_t *count) {
     assert(e < experts);
-    if (c->taken[e]) return;
-    c->taken[e] = 1;
+    if (!c->left[e]) return;
+    c->left[e] = 0;
     c->list[(*count)++] = site * experts + e;
 }
 
-/* Tells the store which distinct experts a table's tokens will use, best predictions first.
- * `grown`: the sets of these sequences already hold the table, and all that is in them is needed.
- */
+/* All experts; guided: those in a set of a sequence with tokens in the call. */
+static void begin_collecting(const pass *p, collector *c, const item *it, int side, int32_t layer,
+                             const int64_t *offsets) {
+    if (p->options->routing == SIDA_ROUTING_GUIDED)
+        sida_router_sets_union(c->left, &it->sets, side, layer, offsets);
+    else
+        memset(c->left, 1, (size_t)p->info->experts);
+}
+
+/* Tells the store which distinct experts a call will use, best predictions of its tokens first; in
+ * guided routing these and all others that it may choose. offsets: of the call's tokens. */
 static sida_status announce(pass *p, collector *c, const item *it, int64_t call, int side,
-                            const sida_ragged *grown) {
+                            const int64_t *offsets) {
     const sida_hash_table *table = &it->tables[side];
     int32_t experts = p->info->experts;
     sida_status status = SIDA_OK;
@@ -87,16 +98,13 @@ static sida_status announce(pass *p, collector *c, const item *it, int64_t call,
     for (int32_t layer = 0; layer < table->layers; layer++) {
         int32_t site = layer + (side == SIDA_DECODER ? p->info->moe_layers[SIDA_ENCODER] : 0);
         int32_t count = 0;
-        memset(c->taken, 0, (size_t)experts);
+        begin_collecting(p, c, it, side, layer, offsets);
         for (int32_t r = 0; r < table->k; r++)
             for (int64_t i = 0; i < table->tokens; i++)
                 collect(c, site, experts,
                         table->experts[(i * table->layers + layer) * table->k + r], &count);
-        for (int32_t s = 0; grown && s < grown->sequences; s++) {
-            const uint8_t *set = sida_router_sets_at(&p->sets, side, layer, s);
-            for (int32_t e = 0; grown->offsets[s + 1] > grown->offsets[s] && e < experts; e++)
-                if (set[e]) collect(c, site, experts, e, &count);
-        }
+        for (int32_t e = 0; p->options->routing == SIDA_ROUTING_GUIDED && e < experts; e++)
+            collect(c, site, experts, e, &count);
         SIDA_TRY(
             sida_store_announce(p->store, position_of(it->number, call, site), c->list, count));
     }
@@ -104,16 +112,36 @@ out:
     return status;
 }
 
+/* The table of a call's tokens, as the routing uses it: `call` 0 is the encoder. seconds: what the
+ * source takes is added to it. */
+static sida_status build_table(pass *p, collector *c, item *it, int64_t call,
+                               const sida_ragged *tokens, double *seconds) {
+    int side = call == 0 ? SIDA_ENCODER : SIDA_DECODER;
+    sida_hash_table *table = &it->tables[side];
+    double begin = sida_clock_seconds();
+    sida_status status = SIDA_OK;
+    SIDA_TRY(side == SIDA_ENCODER ? sida_hash_encode(p->source, it->state, tokens, p->k, table)
+                                  : sida_hash_decode(p->source, it->state, tokens, p->k, table));
+    *seconds += sida_clock_seconds() - begin;
+    if (p->options->routing == SIDA_ROUTING_GUIDED)
+        sida_router_sets_add(&it->sets, table, tokens->offsets);
+    SIDA_TRY(announce(p, c, it, call, side, tokens->offsets));
+out:
+    return status;
+}
+
 /* Tables of the encoder and of the decoder's first step. */
 static sida_status build_tables(pass *p, item *it) {
-    const sida_hash_source *source = p->source;
     const sida_ragged *input = &it->batch->input;
     int32_t sequences = input->sequences;
     sida_status status = SIDA_OK;
-    if (!source) goto out;
-    if (!it->state) SIDA_TRY(sida_hash_state_create(source, &it->state));
-    SIDA_TRY(sida_hash_encode(source, it->state, input, p->k, &it->tables[SIDA_ENCODER]));
-    SIDA_TRY(announce(p, &p->ahead, it, 0, SIDA_ENCODER, NULL));
+    if (!p->source) goto out;
+    if (!it->state) SIDA_TRY(sida_hash_state_create(p->source, &it->state));
+    if (p->options->routing == SIDA_ROUTING_GUIDED) {
+        it->sets.most = p->options->most_allowed;
+        SIDA_TRY(sida_router_sets_begin(&it->sets, p->info, sequences));
+    }
+    SIDA_TRY(build_table(p, &p->ahead, it, 0, input, &p->hash_seconds));
     SIDA_TRY(SIDA_GROW(&p->first_offsets, &p->first_offsets_capacity, sequences + 1, "a step"));
     SIDA_TRY(SIDA_GROW(&p->first_ids, &p->first_ids_capacity, sequences, "a step"));
     for (int32_t s = 0; s < sequences; s++) {
@@ -121,8 +149,7 @@ static sida_status build_tables(pass *p, item *it) {
         p->first_ids[s] = p->info->decoder_start;
     }
     const sida_ragged first = {sequences, p->first_offsets, p->first_ids};
-    SIDA_TRY(sida_hash_decode(source, it->state, &first, p->k, &it->tables[SIDA_DECODER]));
-    SIDA_TRY(announce(p, &p->ahead, it, 1, SIDA_DECODER, NULL));
+    SIDA_TRY(build_table(p, &p->ahead, it, 1, &first, &p->hash_seconds));
 out:
     return status;
 }
@@ -180,7 +207,7 @@ static void *hash_thread(void *argument) {
 /* --- the driver: model and store meet here */
 
 static const uint8_t *driver_allow(void *context, int32_t side) {
-    return ((const pass *)context)->sets.allowed[side];
+    return ((const pass *)context)->current->sets.allowed[side];
 }
 
 static sida_status driver_choose(void *context, sida_moe_call *call) {
@@ -222,23 +249,21 @@ static sida_status driver_release(void *context, const int32_t *experts, int32_t
 /* The decoder's step t: its table was built ahead for t = 0, and can be built now for the rest. */
 static sida_status before_step(void *context, int32_t t, const sida_ragged *step) {
     pass *p = context;
-    item *it = p->current;
-    sida_status status = SIDA_OK;
     p->call = 1 + t;
-    if (!p->source) goto out;
-    const bool guided = p->options->routing == SIDA_ROUTING_GUIDED;
-    sida_hash_table *table = &it->tables[SIDA_DECODER];
-    if (t > 0) SIDA_TRY(sida_hash_decode(p->source, it->state, step, p->k, table));
-    if (guided) sida_router_sets_add(&p->sets, table, step->offsets);
-    if (t > 0) SIDA_TRY(announce(p, &p->here, it, p->call, SIDA_DECODER, guided ? step : NULL));
-out:
-    return status;
+    if (!p->source || t == 0) return SIDA_OK;
+    return build_table(p, &p->here, p->current, p->call, step, &p->step_hash_seconds);
 }
 
 static sida_status on_logits(void *context, int32_t t, int32_t sequence, const float *logits) {
     pass *p = context;
-    (void)t;
-    sida_hasher_update(p->hashers[sequence], logits, (size_t)p->info->vocabulary * sizeof *logits);
+    int32_t vocabulary = p->info->vocabulary;
+    if (p->options->digest)
+        sida_hasher_update(p->hashers[sequence], logits, (size_t)vocabulary * sizeof *logits);
+    if (p->options->score) {
+        const sida_ragged *target = &p->current->batch->target;
+        int32_t id = target->ids[target->offsets[sequence] + t];
+        p->nll[sequence] += sida_score_nll(logits, vocabulary, id);
+    }
     return SIDA_OK;
 }
 
@@ -261,6 +286,7 @@ static sida_status count_batch(pass *p, double latency_ms) {
     SIDA_TRY(SIDA_GROW(&stats->latencies_ms, &stats->latencies_capacity, stats->batches + 1,
                        "latencies"));
     stats->latencies_ms[stats->batches++] = latency_ms;
+    stats->batch_seconds += latency_ms / 1e3;
     stats->sequences += input->sequences;
     stats->input_tokens += sida_ragged_tokens(input);
     for (int32_t s = 0; s < input->sequences; s++) stats->generated_tokens += p->counts[s];
@@ -283,18 +309,19 @@ static sida_status run_batch(pass *p, const sida_moe_driver *driver) {
                        "generated ids"));
     SIDA_TRY(SIDA_GROW(&p->counts, &p->counts_capacity, sequences, "generated ids"));
     if (o->digest) SIDA_TRY(prepare_hashers(p, input->sequences));
-    if (o->routing == SIDA_ROUTING_GUIDED) {
-        SIDA_TRY(sida_router_sets_begin(&p->sets, p->info, input->sequences));
-        sida_router_sets_add(&p->sets, &it->tables[SIDA_ENCODER], input->offsets);
+    if (o->score) {
+        SIDA_TRY(SIDA_GROW(&p->nll, &p->nll_capacity, sequences, "scores"));
+        memset(p->nll, 0, sequences * sizeof *p->nll);
     }
     p->call = 0;
     SIDA_TRY(sida_run_encode(o->run, input, driver));
     const sida_generate_options generate = {.max_new_tokens = o->max_new_tokens,
+                                            .forced = o->score ? &it->batch->target : NULL,
                                             .context = p,
                                             .before_step = before_step,
-                                            .on_logits = o->digest ? on_logits : NULL};
+                                            .on_logits = o->digest || o->score ? on_logits : NULL};
     SIDA_TRY(sida_run_generate(o->run, &generate, driver, p->ids, p->counts));
-    if (o->routing == SIDA_ROUTING_GUIDED) sida_router_sets_end(&p->sets);
+    if (o->routing == SIDA_ROUTING_GUIDED) sida_router_sets_end(&it->sets);
     double latency_ms = (sida_clock_seconds() - begin) * 1e3;
     SIDA_TRY(count_batch(p, latency_ms));
     if (o->on_batch) {
@@ -302,6 +329,7 @@ static sida_status run_batch(pass *p, const sida_moe_driver *driver) {
                                 .ids = p->ids,
                                 .stride = o->max_new_tokens,
                                 .counts = p->counts,
+                                .nll = o->score ? p->nll : NULL,
                                 .latency_ms = latency_ms};
         if (p->store) sida_store_get_stats(p->store, &done.store);
         SIDA_TRY(o->on_batch(o->on_batch_context, &done));
@@ -327,6 +355,10 @@ static sida_status run_batches(pass *p) {
         void *next;
         SIDA_TRY(sida_queue_pop(p->ready, &next, &p->queue_wait_seconds));
         if (!next) break;
+        if (p->stats->batches == 0) {
+            p->first_wait_seconds = p->queue_wait_seconds;
+            p->first_taken = sida_clock_seconds();
+        }
         p->current = next;
         pause_here(p);
         SIDA_TRY(run_batch(p, &driver));
@@ -354,9 +386,9 @@ static sida_status open_pass(pass *p) {
     for (int32_t i = 0; i < p->item_count; i++)
         SIDA_TRY(sida_queue_push(p->spare, &p->items[i], NULL));
     SIDA_TRY(SIDA_ALLOC(&p->ahead.list, info->experts, "a plan"));
-    SIDA_TRY(SIDA_ALLOC(&p->ahead.taken, info->experts, "a plan"));
+    SIDA_TRY(SIDA_ALLOC(&p->ahead.left, info->experts, "a plan"));
     SIDA_TRY(SIDA_ALLOC(&p->here.list, info->experts, "a plan"));
-    SIDA_TRY(SIDA_ALLOC(&p->here.taken, info->experts, "a plan"));
+    SIDA_TRY(SIDA_ALLOC(&p->here.left, info->experts, "a plan"));
     SIDA_TRY(SIDA_ALLOC(&p->global, info->experts, "a wave"));
     SIDA_TRY(sida_hasher_create(&p->digest));
     if (o->resident) goto out;
@@ -384,24 +416,48 @@ static void close_pass(pass *p) {
         if (it->state) sida_hash_state_destroy(p->source, it->state);
         sida_hash_table_free(&it->tables[0]);
         sida_hash_table_free(&it->tables[1]);
+        sida_router_sets_free(&it->sets);
     }
     free(p->items);
     sida_store_destroy(p->store);
     sida_queue_destroy(p->ready);
     sida_queue_destroy(p->spare);
     free(p->ahead.list);
-    free(p->ahead.taken);
+    free(p->ahead.left);
     free(p->here.list);
-    free(p->here.taken);
+    free(p->here.left);
     free(p->first_offsets);
     free(p->first_ids);
-    sida_router_sets_free(&p->sets);
     for (size_t i = 0; i < p->hashers_count; i++) sida_hasher_destroy(p->hashers[i]);
     free(p->hashers);
     sida_hasher_destroy(p->digest);
     free(p->ids);
     free(p->counts);
+    free(p->nll);
     free(p->global);
+}
+
+/* Mean shares over the sequences of all items. */
+static sida_status fill_shares(const pass *p) {
+    sida_pass_stats *stats = p->stats;
+    sida_status status = SIDA_OK;
+    if (p->options->routing != SIDA_ROUTING_GUIDED) goto out;
+    for (int side = 0; side < 2; side++) {
+        int32_t layers = p->info->moe_layers[side];
+        double *shares;
+        SIDA_TRY(SIDA_ALLOC(&stats->layer_share[side], layers, "shares"));
+        shares = stats->layer_share[side];
+        stats->layers[side] = layers;
+        for (int32_t layer = 0; layer < layers && stats->sequences > 0; layer++) {
+            for (int32_t i = 0; i < p->item_count; i++)
+                if (p->items[i].sets.share_count[side] > 0)
+                    shares[layer] += p->items[i].sets.share_sum[side][layer];
+            shares[layer] /= (double)stats->sequences;
+            stats->allowed_share[side] += shares[layer] / layers;
+        }
+    }
+out:
+    return status;
 }
 
 /* After both threads have ended. */
@@ -414,10 +470,11 @@ static void fill_stats(pass *p, double begin) {
         stats->store.resident = stats->store.peak_resident = p->info->sites * p->info->experts;
     stats->inference_wait_seconds = p->queue_wait_seconds + stats->store.wait_seconds;
     stats->hash_wait_seconds = p->hash_wait_seconds;
-    for (int side = 0; side < 2; side++)
-        if (p->sets.share_count[side] > 0)
-            stats->allowed_share[side] =
-                p->sets.share_sum[side] / (double)p->sets.share_count[side];
+    stats->hash_seconds = p->hash_seconds + p->step_hash_seconds;
+    if (stats->batches > 0) {
+        stats->table_wait_seconds = p->queue_wait_seconds - p->first_wait_seconds;
+        stats->after_first_seconds = begin + stats->seconds - p->first_taken;
+    }
     if (p->options->digest) stats->digest = sida_hasher_finish(p->digest);
 }
 
@@ -448,6 +505,7 @@ out:
         if (status != SIDA_OK) stop(&p, status);
         pthread_join(thread, NULL);
         fill_stats(&p, begin);
+        if (status == SIDA_OK) status = fill_shares(&p);
     }
     close_pass(&p);
     return status;
@@ -455,5 +513,7 @@ out:
 
 void sida_pass_stats_free(sida_pass_stats *stats) {
     free(stats->latencies_ms);
+    free(stats->layer_share[0]);
+    free(stats->layer_share[1]);
     *stats = (sida_pass_stats){0};
 }

@@ -12,6 +12,7 @@ typedef struct sida_pass_batch {
     const int32_t *ids; /* [sequences, stride] generated, </s> included */
     int32_t stride;
     const int32_t *counts;  /* [sequences] */
+    const double *nll;      /* [sequences] -log p of the whole target, nats; NULL unless scoring */
     double latency_ms;      /* from taking the batch off the queue to its last token */
     sida_store_stats store; /* of the pass so far */
 } sida_pass_batch;
@@ -31,8 +32,12 @@ typedef struct sida_pass_options {
     int32_t queue; /* hash tables built ahead, >= 1 batches */
     bool prefetch; /* false: predictions tell the policy what comes, nothing is loaded early */
     bool digest;   /* hash all raw logits */
+    /* Instead of answering the targets are forced, a token a step as in answering, and it is told
+     * how probable they were. */
+    bool score;
+    int32_t most_allowed; /* guided: experts of a set, model's k … E; 0: no limit (routing.h) */
     const sida_policy *policy;
-    int32_t max_new_tokens;
+    int32_t max_new_tokens; /* of an answer or a target */
     /* The next batch (owned by the pass from then on), NULL at the end. Called on the hash thread.
      */
     sida_status (*next)(void *context, sida_batch **out);
@@ -62,9 +67,15 @@ typedef struct sida_pass_stats {
     double seconds;
     double inference_wait_seconds; /* for hash tables and for experts */
     double hash_wait_seconds;      /* for room in the queue */
-    double *latencies_ms;          /* [batches], owned */
+    double hash_seconds;           /* in the source, on both threads */
+    double batch_seconds;          /* of all batches, each from the queue to its last token */
+    /* The inference thread's, from the first batch on: for hash tables, and all. */
+    double table_wait_seconds, after_first_seconds;
+    double *latencies_ms; /* [batches], owned */
     size_t latencies_capacity;
     double allowed_share[2]; /* guided: mean |A| / E of a side's (layer, sequence) at the end */
+    double *layer_share[2];  /* [layers] guided: the same of each, owned; NULL otherwise */
+    int32_t layers[2];
     /* Of every sequence's logits of all its steps, in the order of the input: one digest a
      * sequence, and this one over them. So it depends on no batching either. */
     sida_fingerprint digest;

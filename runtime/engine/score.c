@@ -16,6 +16,7 @@ void sida_score_add(sida_score *score, const char *answer, const char *target) {
     score->correct += strcmp(answer, target) == 0;
     if (!score->positive) return;
     int said = strcmp(answer, score->positive) == 0, is = strcmp(target, score->positive) == 0;
+    score->positives += is;
     score->true_positive += said && is;
     score->false_positive += said && !is;
     score->false_negative += !said && is;
@@ -27,6 +28,22 @@ double sida_score_value(const sida_score *score) {
     int64_t wrong = score->false_positive + score->false_negative;
     int64_t right = score->true_positive;
     return right == 0 ? 0 : 2.0 * (double)right / (double)(2 * right + wrong);
+}
+
+double sida_score_constant(const sida_score *score) {
+    if (score->total == 0 || !score->positive) return NAN;
+    double share = (double)score->positives / (double)score->total;
+    if (score->kind == SIDA_SCORE_F1) return 2 * share / (1 + share);
+    return fmax(share, 1 - share);
+}
+
+/* Summed in double, in the order of the vocabulary. */
+double sida_score_nll(const float *logits, int32_t count, int32_t id) {
+    float top = logits[0];
+    double sum = 0;
+    for (int32_t i = 1; i < count; i++) top = logits[i] > top ? logits[i] : top;
+    for (int32_t i = 0; i < count; i++) sum += (double)expf(logits[i] - top);
+    return (double)top + log(sum) - (double)logits[id];
 }
 
 static int compare(const void *a, const void *b) {

@@ -1,4 +1,4 @@
-/* Greedy decoding, one token a step, with the caches of the last encode. */
+/* Greedy decoding or given targets, one token a step, with the caches of the last encode. */
 #include "runtime/model/run_private.h"
 
 #include <string.h>
@@ -30,10 +30,34 @@ static sida_status choose_tokens(sida_run *run, const sida_generate_options *opt
         if (!host->live[s]) continue;
         const float *logits = host->logits + (int64_t)row++ * vocabulary;
         if (options->on_logits) SIDA_TRY(options->on_logits(options->context, t, s, logits));
-        ids[(int64_t)s * options->max_new_tokens + t] = best_of(logits, vocabulary);
+        ids[(int64_t)s * options->max_new_tokens + t] =
+            options->forced ? options->forced->ids[options->forced->offsets[s] + t]
+                            : best_of(logits, vocabulary);
     }
 out:
     return status;
+}
+
+static int64_t forced_tokens(const sida_ragged *forced, int32_t s) {
+    return forced->offsets[s + 1] - forced->offsets[s];
+}
+
+/* Who takes the first step. */
+static sida_status begin_sequences(sida_run *run, const sida_generate_options *options) {
+    const sida_ragged *forced = options->forced;
+    memset(run->host.live, 1, (size_t)run->sequences);
+    if (!forced) return SIDA_OK;
+    if (forced->sequences != run->sequences)
+        return sida_fail(SIDA_ERROR_ARGUMENT, "targets of %d sequences after encoding %d",
+                         forced->sequences, run->sequences);
+    for (int32_t s = 0; s < run->sequences; s++) {
+        run->host.live[s] = forced_tokens(forced, s) > 0;
+        if (forced_tokens(forced, s) > options->max_new_tokens)
+            return sida_fail(SIDA_ERROR_ARGUMENT,
+                             "a target of %lld tokens, more than max-new-tokens %d",
+                             (long long)forced_tokens(forced, s), options->max_new_tokens);
+    }
+    return SIDA_OK;
 }
 
 sida_status sida_run_generate(sida_run *run, const sida_generate_options *options,
@@ -49,7 +73,7 @@ sida_status sida_run_generate(sida_run *run, const sida_generate_options *option
     if (run->sequences > run->limits.step_tokens)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "%d sequences a step in a run of %lld step tokens",
                   run->sequences, (long long)run->limits.step_tokens);
-    memset(host->live, 1, (size_t)run->sequences);
+    SIDA_TRY(begin_sequences(run, options));
     memset(counts, 0, (size_t)run->sequences * sizeof *counts);
     for (int32_t t = 0; t < most; t++) {
         sida_ragged step = {run->sequences, host->step_offsets, host->step_ids};
@@ -68,7 +92,8 @@ sida_status sida_run_generate(sida_run *run, const sida_generate_options *option
         for (int32_t s = 0; s < run->sequences; s++) {
             if (!host->live[s]) continue;
             counts[s] = t + 1;
-            host->live[s] = ids[(int64_t)s * most + t] != info->eos;
+            host->live[s] = options->forced ? t + 1 < forced_tokens(options->forced, s)
+                                            : ids[(int64_t)s * most + t] != info->eos;
         }
     }
 out:

@@ -179,6 +179,9 @@ sida_recorded_layer sida_recording_layer(const sida_recording *recording, int32_
 /* --- greedy generation over the last encode */
 typedef struct sida_generate_options {
     int32_t max_new_tokens; /* </s> counts; >= 1 */
+    /* What each sequence answers, whatever the logits say: a sequence ends with its target, and one
+     * without any takes no step. NULL: the most likely token. */
+    const sida_ragged *forced;
     void *context;
     /* Before step t runs: the ids that go in (step.ids, one a live sequence). NULL: nothing. */
     sida_status (*before_step)(void *context, int32_t t, const sida_ragged *step);
@@ -187,7 +190,7 @@ typedef struct sida_generate_options {
 } sida_generate_options;
 
 /* ids [sequences, max_new_tokens]: what each sequence answered, </s> included; counts [sequences].
- * Ties go to the lower id. */
+ * Ties go to the lower id. ARGUMENT for a target of more than max_new_tokens. */
 sida_status sida_run_generate(sida_run *run, const sida_generate_options *options,
                               const sida_moe_driver *driver, int32_t *ids, int32_t *counts);
 

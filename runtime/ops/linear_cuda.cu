@@ -20,7 +20,8 @@ constexpr int THREADS = 256;
 typedef struct stream_state {
     const sida_cublas *cublas;
     cublasHandle_t blas;
-    sida_buffer *memory; /* cuBLAS's workspace, then the scratch */
+    sida_buffer *workspace; /* cuBLAS's */
+    sida_buffer *scratch;   /* NULL: not wanted yet */
 } stream_state;
 
 static sida_status check_blas(const stream_state *state, cublasStatus_t code, const char *call) {
@@ -30,15 +31,16 @@ static sida_status check_blas(const stream_state *state, cublasStatus_t code, co
 static void state_destroy(void *state) {
     stream_state *s = (stream_state *)state;
     if (s->blas) (void)s->cublas->destroy(s->blas);
-    sida_buffer_destroy(s->memory);
+    sida_buffer_destroy(s->workspace);
+    sida_buffer_destroy(s->scratch);
     free(s);
 }
 
 static sida_status state_fill(stream_state *state, sida_stream *stream) {
     sida_status status = sida_cublas_load(&state->cublas);
     if (status == SIDA_OK)
-        status = sida_buffer_create(stream->backend, &state->memory, SIDA_MEMORY_DEVICE,
-                                    SIDA_CUDA_STREAM_BYTES, "cuBLAS's workspace");
+        status = sida_buffer_create(stream->backend, &state->workspace, SIDA_MEMORY_DEVICE,
+                                    SIDA_CUDA_WORKSPACE_BYTES, "cuBLAS's workspace");
     if (status == SIDA_OK)
         status = check_blas(state, state->cublas->create(&state->blas), "cublasCreate");
     if (status == SIDA_OK)
@@ -47,13 +49,13 @@ static sida_status state_fill(stream_state *state, sida_stream *stream) {
     /* After the stream: setting a stream takes the workspace back. */
     if (status == SIDA_OK)
         status = check_blas(state,
-                            state->cublas->set_workspace(state->blas, state->memory->data,
+                            state->cublas->set_workspace(state->blas, state->workspace->data,
                                                          SIDA_CUDA_WORKSPACE_BYTES),
                             "cublasSetWorkspace");
     return status;
 }
 
-extern "C" sida_status sida_prepare_cuda(sida_stream *base) {
+static sida_status make_state(sida_stream *base) {
     sida_cuda_stream *stream = sida_cuda_stream_of(base);
     stream_state *state = NULL;
     if (stream->ops_state) return SIDA_OK;
@@ -69,9 +71,18 @@ extern "C" sida_status sida_prepare_cuda(sida_stream *base) {
     return status;
 }
 
+extern "C" sida_status sida_prepare_cuda(sida_stream *stream) {
+    sida_status status = make_state(stream);
+    if (status != SIDA_OK) return status;
+    stream_state *state = (stream_state *)sida_cuda_stream_of(stream)->ops_state;
+    if (state->scratch) return SIDA_OK;
+    return sida_buffer_create(stream->backend, &state->scratch, SIDA_MEMORY_DEVICE,
+                              SIDA_CUDA_SCRATCH_BYTES, "a stream's scratch");
+}
+
 extern "C" sida_status sida_cublas_of(sida_stream *stream, const sida_cublas **cublas,
                                       cublasHandle_t *handle) {
-    sida_status status = sida_prepare_cuda(stream);
+    sida_status status = make_state(stream);
     if (status != SIDA_OK) return status;
     const stream_state *state = (const stream_state *)sida_cuda_stream_of(stream)->ops_state;
     *cublas = state->cublas;
@@ -292,8 +303,7 @@ static sida_status linear_narrowed(sida_stream *stream, const sida_linear_call *
     sida_status status = sida_prepare_cuda(stream);
     if (status != SIDA_OK) return status;
     const stream_state *state = (const stream_state *)sida_cuda_stream_of(stream)->ops_state;
-    __nv_bfloat16 *narrow =
-        (__nv_bfloat16 *)((char *)state->memory->data + SIDA_CUDA_WORKSPACE_BYTES);
+    __nv_bfloat16 *narrow = (__nv_bfloat16 *)state->scratch->data;
     const int64_t cols = call->weight.cols;
     const int64_t most = SIDA_CUDA_SCRATCH_BYTES / (cols * (int64_t)sizeof *narrow);
     for (int64_t first = 0; status == SIDA_OK && first < call->n; first += most) {

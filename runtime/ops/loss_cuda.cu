@@ -1,5 +1,6 @@
 /* The loss of training and its gradient in one pass: a warp takes a pair, a lane every 32nd expert
- * and every 32nd of the teacher's best. The formulas are trainer/loss.c's. */
+ * and every 32nd of the teacher's best. The formulas are those at
+ * sida_tkd, and trainer/loss.c's. */
 #include "runtime/ops/kernels_cuda.cuh"
 
 #include <assert.h>
@@ -16,6 +17,8 @@ struct pair_view {
     const float *z, *bias;
     float *d; /* may be z: a lane writes an item only after the last read of it */
     const uint16_t *ids, *logp;
+    const uint16_t *labels; /* NULL: the first of ids */
+    const float *weights;
     uint32_t *inside;
 };
 
@@ -51,11 +54,26 @@ template <int KEPT> struct lane_logits {
     }
 };
 
+/* The distance of two shares, and its derivative as a part of a mean over `classes`. */
+static __device__ double distance(bool square, float difference) {
+    return square ? (double)difference * (double)difference : (double)fabsf(difference);
+}
+static __device__ float slope(bool square, float difference, int32_t classes) {
+    if (square) return 2.0f * difference / (float)classes;
+    return (float)((difference > 0.0f) - (difference < 0.0f)) / (float)classes;
+}
+
 /* The lane's part of the pair's loss; its part of the gradient into p.d. */
 template <int KEPT>
 static __device__ double pair_loss(const sida_loss_cuda_call &call, const pair_view &p, int lane) {
     const int32_t experts = call.experts, top = call.top;
     const float lambda = call.lambda, scale = call.scale;
+    const sida_tkd tkd = call.tkd;
+    const bool over_top =
+        tkd == SIDA_TKD_KL_TOP || tkd == SIDA_TKD_L1_RENORM || tkd == SIDA_TKD_MSE_TOP;
+    const bool kl = tkd == SIDA_TKD_REST || tkd == SIDA_TKD_KL_TOP;
+    const bool square = tkd == SIDA_TKD_MSE_TOP || tkd == SIDA_TKD_MSE_ALL;
+    const bool has_rest = !over_top && top < experts;
     lane_logits<KEPT> z;
     z.load(p, lane, experts);
     float largest = -INFINITY, sum = 0.0f;
@@ -65,82 +83,93 @@ static __device__ double pair_loss(const sida_loss_cuda_call &call, const pair_v
     sum = warp_sum(sum);
     const float log_sum = logf(sum);
     double loss = 0;
-    if (lane == 0) loss = -(double)lambda * (double)(logit(p, p.ids[0]) - largest - log_sum);
+    if (!p.labels && lane == 0)
+        loss = -(double)lambda * (double)(logit(p, p.ids[0]) - largest - log_sum);
+    for (int32_t j = lane; p.labels && j < call.label_count; j += WARP)
+        loss -=
+            (double)(lambda * p.weights[j]) * (double)(logit(p, p.labels[j]) - largest - log_sum);
 
-    if (call.tkd == SIDA_TKD_REST) {
-        float teacher = 0.0f;
-        for (int32_t i = lane; i < top; i += WARP) teacher += expf(teacher_log(p, i));
-        teacher = warp_sum(teacher);
-        /* The teacher's mass is at most 1 (fp16 rounds), and all of it is here when T is E. */
-        const bool whole = teacher > 1.0f || top == experts;
-        const float norm = whole ? teacher : 1.0f, rest = whole ? 0.0f : 1.0f - teacher;
-        for (int32_t i = lane; i < top; i += WARP)
-            loss -= (double)(expf(teacher_log(p, i)) / norm) *
-                    (double)(logit(p, p.ids[i]) - largest - log_sum);
-        /* The student's mass outside the top, about its own largest: it may be tiny. */
-        float outside = -INFINITY, outside_sum = 0.0f;
-        if (top < experts) {
-            z.each(p, lane, experts, [&](int32_t e, float v) {
-                if (!inside(p, e)) outside = fmaxf(outside, v);
-            });
-            outside = warp_max(outside);
-            z.each(p, lane, experts, [&](int32_t e, float v) {
-                if (!inside(p, e)) outside_sum += expf(v - outside);
-            });
-            outside_sum = warp_sum(outside_sum);
-            if (lane == 0)
-                loss -= (double)rest * (double)(outside - largest + logf(outside_sum) - log_sum);
-        }
-        __syncwarp(); /* nobody reads another lane's logits from here on */
-        if (!p.d) return loss;
-        z.each(p, lane, experts, [&](int32_t e, float v) {
-            if (inside(p, e)) return;
-            const float student = expf(v - largest) / sum;
-            const float d = student - rest * (expf(v - outside) / outside_sum);
-            p.d[e] = (d + lambda * student) * scale;
-        });
-        for (int32_t i = lane; i < top; i += WARP) {
-            const int32_t e = p.ids[i];
-            const float student = expf(logit(p, e) - largest) / sum;
-            float d = student - expf(teacher_log(p, i)) / norm;
-            d += lambda * student;
-            p.d[e] = (i == 0 ? d - lambda : d) * scale;
-        }
-        return loss;
+    /* Shares of the top: the student's exp(z - most) / share_sum, the teacher's. */
+    float most = largest, share_sum = sum, share_log = log_sum;
+    float first = 0.0f, teacher_sum = 0.0f, rest = 0.0f;
+    if (over_top) {
+        first = teacher_log(p, 0);
+        most = -INFINITY;
+        share_sum = 0.0f;
+        for (int32_t i = lane; i < top; i += WARP) most = fmaxf(most, logit(p, p.ids[i]));
+        most = warp_max(most);
+        for (int32_t i = lane; i < top; i += WARP) share_sum += expf(logit(p, p.ids[i]) - most);
+        share_sum = warp_sum(share_sum);
+        share_log = logf(share_sum);
     }
-
-    const float first = teacher_log(p, 0);
-    float most = -INFINITY, teacher = 0.0f, student_sum = 0.0f, mean = 0.0f;
-    for (int32_t i = lane; i < top; i += WARP) most = fmaxf(most, logit(p, p.ids[i]));
-    most = warp_max(most);
-    for (int32_t i = lane; i < top; i += WARP) {
-        student_sum += expf(logit(p, p.ids[i]) - most);
-        teacher += expf(teacher_log(p, i) - first);
+    for (int32_t i = lane; i < top; i += WARP) teacher_sum += expf(teacher_log(p, i) - first);
+    teacher_sum = warp_sum(teacher_sum);
+    /* Over all: its mass is at most 1 (fp16 rounds), and all of it is here when T is E. */
+    if (has_rest && !(teacher_sum > 1.0f)) {
+        rest = 1.0f - teacher_sum;
+        teacher_sum = 1.0f;
     }
-    student_sum = warp_sum(student_sum);
-    teacher = warp_sum(teacher);
-    const auto sign_of = [&](float difference) {
-        return (float)((difference > 0.0f) - (difference < 0.0f)) / (float)top;
+    const auto share_of = [&](float v) { return expf(v - most) / share_sum; };
+    const auto teacher_of = [&](int32_t i) {
+        return expf(teacher_log(p, i) - first) / teacher_sum;
     };
-    for (int32_t i = lane; i < top; i += WARP) {
-        const float share = expf(logit(p, p.ids[i]) - most) / student_sum;
-        const float difference = share - expf(teacher_log(p, i) - first) / teacher;
-        loss += (double)fabsf(difference) / (double)top;
-        mean += share * sign_of(difference);
+    /* The student's mass outside the top, about its own largest: it may be tiny. */
+    float outside = -INFINITY, outside_sum = 0.0f, log_rest = 0.0f;
+    if (has_rest) {
+        z.each(p, lane, experts, [&](int32_t e, float v) {
+            if (!inside(p, e)) outside = fmaxf(outside, v);
+        });
+        outside = warp_max(outside);
+        z.each(p, lane, experts, [&](int32_t e, float v) {
+            if (!inside(p, e)) outside_sum += expf(v - outside);
+        });
+        outside_sum = warp_sum(outside_sum);
+        log_rest = outside - largest + logf(outside_sum) - log_sum;
     }
-    mean = warp_sum(mean);
-    __syncwarp();
+
+    const int32_t classes = has_rest ? top + 1 : top;
+    float mean = 0.0f, rest_slope = 0.0f;
+    if (kl) {
+        for (int32_t i = lane; i < top; i += WARP)
+            loss -= (double)teacher_of(i) * (double)(logit(p, p.ids[i]) - most - share_log);
+        if (has_rest && lane == 0) loss -= (double)rest * (double)log_rest;
+    } else {
+        for (int32_t i = lane; i < top; i += WARP) {
+            const float share = share_of(logit(p, p.ids[i])), difference = share - teacher_of(i);
+            loss += distance(square, difference) / (double)classes;
+            mean += share * slope(square, difference, classes);
+        }
+        mean = warp_sum(mean);
+        if (has_rest) {
+            const float share = expf(log_rest), difference = share - rest;
+            if (lane == 0) loss += distance(square, difference) / (double)classes;
+            rest_slope = slope(square, difference, classes);
+            mean += share * rest_slope;
+        }
+    }
+
+    __syncwarp(); /* nobody reads another lane's logits from here on */
     if (!p.d) return loss;
     z.each(p, lane, experts, [&](int32_t e, float v) {
-        if (!inside(p, e)) p.d[e] = lambda * (expf(v - largest) / sum) * scale;
+        if (inside(p, e)) return;
+        const float student = expf(v - largest) / sum;
+        float d = 0.0f;
+        if (kl && has_rest) d = student - rest * (expf(v - outside) / outside_sum);
+        if (!kl && has_rest) d = student * (rest_slope - mean);
+        p.d[e] = (d + lambda * student) * scale;
     });
     for (int32_t i = lane; i < top; i += WARP) {
         const int32_t e = p.ids[i];
-        const float v = logit(p, e), share = expf(v - most) / student_sum;
-        const float difference = share - expf(teacher_log(p, i) - first) / teacher;
-        const float d = share * (sign_of(difference) - mean) + lambda * (expf(v - largest) / sum);
-        p.d[e] = (i == 0 ? d - lambda : d) * scale;
+        const float v = logit(p, e), share = share_of(v), difference = share - teacher_of(i);
+        const float student = over_top ? expf(v - largest) / sum : share;
+        float d = kl ? difference : share * (slope(square, difference, classes) - mean);
+        d += lambda * student;
+        p.d[e] = (!p.labels && i == 0 ? d - lambda : d) * scale;
     }
+    if (!p.labels) return loss;
+    __syncwarp(); /* another lane has written what is added to; labels are distinct */
+    for (int32_t j = lane; j < call.label_count; j += WARP)
+        p.d[p.labels[j]] -= lambda * p.weights[j] * scale;
     return loss;
 }
 
@@ -158,12 +187,15 @@ template <int KEPT> __global__ void loss_kernel(sida_loss_cuda_call call) {
          pair += (int64_t)gridDim.x * warps) {
         const int64_t row = pair / call.layers, layer = pair % call.layers;
         const int64_t token = call.source ? call.source[row] : row;
+        const int64_t list = token * call.layers + layer;
         pair_view p;
         p.z = call.logits + pair * call.experts;
         p.bias = call.bias ? call.bias + layer * call.experts : NULL;
         p.d = call.d_logits ? call.d_logits + pair * call.experts : NULL;
-        p.ids = call.top_ids + (token * call.layers + layer) * call.top;
-        p.logp = call.top_logp + (token * call.layers + layer) * call.top;
+        p.ids = call.top_ids + list * call.top;
+        p.logp = call.top_logp + list * call.top;
+        p.labels = call.labels ? call.labels + list * call.label_count : NULL;
+        p.weights = call.labels ? call.label_weights + list * call.label_count : NULL;
         p.inside = marked;
         __syncwarp(); /* the last pair's readers */
         for (int w = lane; w < words; w += WARP) marked[w] = 0;
@@ -187,6 +219,7 @@ template <int KEPT> __global__ void loss_kernel(sida_loss_cuda_call call) {
 
 extern "C" sida_status sida_loss_cuda(sida_stream *stream, const sida_loss_cuda_call *call) {
     assert(call->top >= 1 && call->top <= call->experts && call->experts <= 65535);
+    assert(!call->labels || (call->label_count >= 1 && call->label_count <= call->experts));
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;
     const int warps = call->experts <= 32768 ? MOST_WARPS : MOST_WARPS / 2;

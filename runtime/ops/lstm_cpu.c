@@ -26,6 +26,14 @@ static int64_t length(const int64_t *offsets, int32_t s) {
     return offsets[s + 1] - offsets[s];
 }
 
+/* The row of the token that sequence s takes at time t; the one before it is `step` rows back. */
+static int64_t row_at(const int64_t *offsets, int32_t s, int64_t t, bool reverse) {
+    return reverse ? offsets[s + 1] - 1 - t : offsets[s] + t;
+}
+static int64_t step_of(bool reverse) {
+    return reverse ? -1 : 1;
+}
+
 /* Sequence numbers by falling length, ties by number: those still running at a time step are then
  * the first of their group. */
 static sida_status sort_by_length(int32_t **out, const int64_t *offsets, int32_t sequences) {
@@ -75,6 +83,7 @@ static sida_status forward_group(const sida_lstm_call *q, const int32_t *order, 
     sida_status status = SIDA_OK;
     sida_linear_fn *linear = q->linear ? q->linear : sida_linear_cpu;
     int32_t hidden = q->hidden;
+    int64_t ldo = q->ldo ? q->ldo : hidden, step = step_of(q->reverse);
     size_t row = (size_t)hidden * sizeof(float);
     float *before = workspace, *product = workspace + (int64_t)count * hidden;
     for (int64_t t = 0; count > 0; t++) {
@@ -83,7 +92,7 @@ static sida_status forward_group(const sida_lstm_call *q, const int32_t *order, 
         bool zero = t == 0 && !q->state_h;
         for (int32_t a = 0; a < count; a++) {
             const float *from = q->state_h + (int64_t)order[a] * hidden;
-            if (t > 0) from = q->out + (q->offsets[order[a]] + t - 1) * hidden;
+            if (t > 0) from = q->out + row_at(q->offsets, order[a], t - 1, q->reverse) * ldo;
             if (zero)
                 memset(before + (int64_t)a * hidden, 0, row);
             else
@@ -100,15 +109,15 @@ static sida_status forward_group(const sida_lstm_call *q, const int32_t *order, 
                                                   .scale = 1}));
         for (int32_t a = 0; a < count; a++) {
             int32_t s = order[a];
-            int64_t i = q->offsets[s] + t;
-            float *gates = q->gates + i * 4 * hidden;
+            int64_t i = row_at(q->offsets, s, t, q->reverse);
+            float *gates = q->gates + i * 4 * hidden, *out = q->out + i * ldo;
             const float *sum = product + (int64_t)a * 4 * hidden;
             for (int32_t k = 0; k < 4 * hidden; k++) gates[k] += sum[k];
-            const float *c_before = t > 0 ? q->cells + (i - 1) * hidden
+            const float *c_before = t > 0 ? q->cells + (i - step) * hidden
                                           : (q->state_c ? q->state_c + (int64_t)s * hidden : NULL);
-            cell(q->out + i * hidden, q->cells + i * hidden, gates, c_before, hidden);
+            cell(out, q->cells + i * hidden, gates, c_before, hidden);
             if (q->state_h && t + 1 == length(q->offsets, s)) {
-                memcpy(q->state_h + (int64_t)s * hidden, q->out + i * hidden, row);
+                memcpy(q->state_h + (int64_t)s * hidden, out, row);
                 memcpy(q->state_c + (int64_t)s * hidden, q->cells + i * hidden, row);
             }
         }
@@ -118,7 +127,6 @@ out:
 }
 
 sida_status sida_lstm_cpu(sida_stream *stream, const sida_lstm_call *call) {
-    (void)stream;
     assert(call->recurrent.dtype == SIDA_F32 && !call->state_h == !call->state_c);
     sida_status status = SIDA_OK, first = SIDA_OK;
     int32_t *order = NULL;
@@ -136,6 +144,7 @@ sida_status sida_lstm_cpu(sida_stream *stream, const sida_lstm_call *call) {
     }
     /* Its message is the other thread's. */
     if (first != SIDA_OK) SIDA_FAIL(first, "the LSTM's recurrent product failed");
+    if (call->beside) SIDA_TRY(sida_lstm_cpu(stream, call->beside));
 out:
     free(order);
     return status;
@@ -161,6 +170,7 @@ static void cell_backward(float *d_gates, float *d_c, const float *d_h, const fl
 static void backward_group(const sida_lstm_backward_call *q, const int32_t *order, int32_t count,
                            float *workspace) {
     int32_t hidden = q->hidden;
+    int64_t ldo = q->ldo ? q->ldo : hidden, step = step_of(q->reverse);
     float *d_h = workspace, *d_c = d_h + (int64_t)count * hidden,
           *block = d_c + (int64_t)count * hidden;
     memset(workspace, 0, 2 * (size_t)count * (size_t)hidden * sizeof *workspace);
@@ -168,11 +178,11 @@ static void backward_group(const sida_lstm_backward_call *q, const int32_t *orde
     for (int64_t t = count > 0 ? length(q->offsets, order[0]) - 1 : -1; t >= 0; t--) {
         while (running < count && length(q->offsets, order[running]) > t) running++;
         for (int32_t a = 0; a < running; a++) {
-            int64_t i = q->offsets[order[a]] + t;
+            int64_t i = row_at(q->offsets, order[a], t, q->reverse);
             float *dh = d_h + (int64_t)a * hidden, *dg = block + (int64_t)a * 4 * hidden;
-            for (int32_t k = 0; k < hidden; k++) dh[k] += q->d_out[i * hidden + k];
+            for (int32_t k = 0; k < hidden; k++) dh[k] += q->d_out[i * ldo + k];
             cell_backward(dg, d_c + (int64_t)a * hidden, dh, q->gates + i * 4 * hidden,
-                          q->cells + i * hidden, t > 0 ? q->cells + (i - 1) * hidden : NULL,
+                          q->cells + i * hidden, t > 0 ? q->cells + (i - step) * hidden : NULL,
                           hidden);
             memcpy(q->d_gates + i * 4 * hidden, dg, 4 * (size_t)hidden * sizeof *dg);
         }
@@ -193,7 +203,8 @@ sida_status sida_lstm_backward_cpu(const sida_lstm_backward_call *call) {
     sida_status status = SIDA_OK;
     int32_t *order = NULL;
     int32_t hidden = call->hidden;
-    int64_t tokens = call->offsets[call->sequences];
+    int64_t tokens = call->offsets[call->sequences], ldo = call->ldo ? call->ldo : hidden;
+    size_t row = (size_t)hidden * sizeof(float);
     float *before = call->workspace, *groups = before + tokens * hidden;
     SIDA_TRY(sort_by_length(&order, call->offsets, call->sequences));
 #pragma omp parallel for schedule(dynamic) if (call->sequences > group_sequences)
@@ -205,10 +216,10 @@ sida_status sida_lstm_backward_cpu(const sida_lstm_backward_call *call) {
     for (int32_t s = 0; s < call->sequences; s++) {
         int64_t n = length(call->offsets, s);
         if (n == 0) continue;
-        float *to = before + call->offsets[s] * hidden;
-        memset(to, 0, (size_t)hidden * sizeof *to);
-        memcpy(to + hidden, call->out + call->offsets[s] * hidden,
-               (size_t)(n - 1) * (size_t)hidden * sizeof *to);
+        memset(before + row_at(call->offsets, s, 0, call->reverse) * hidden, 0, row);
+        for (int64_t t = 1; t < n; t++)
+            memcpy(before + row_at(call->offsets, s, t, call->reverse) * hidden,
+                   call->out + row_at(call->offsets, s, t - 1, call->reverse) * ldo, row);
     }
     sida_linear_backward_cpu(&(sida_linear_backward_call){.d_weight = call->d_recurrent,
                                                           .d_bias = call->d_bias,

@@ -4,10 +4,17 @@
  * Up to 256 units on compute capability 9.0: a cluster of eight blocks keeps W_hh in registers for
  * a whole sequence and tells each other h_t through distributed shared memory. Otherwise one block
  * a sequence reads W_hh again at every step. Both do the same sums in the same order, from the
- * sequence's own data alone. */
+ * sequence's own data alone. The two directions of a layer run at the same time: blockIdx.y. */
+#include "runtime/ops/cluster_cuda.cuh"
 #include "runtime/ops/dots_cuda.cuh"
 
+#include <assert.h>
+
 constexpr int GATES = 4, UNITS = DOTS / GATES;
+
+struct lstm_pair {
+    sida_lstm_call of[2]; /* one or two */
+};
 
 /* --- one step of a warp's four units */
 
@@ -42,7 +49,7 @@ static __device__ void keep(const sida_lstm_call &call, int64_t i, int32_t unit,
                             float c, float h) {
     const int lane = threadIdx.x % WARP, which = lane / 2 % GATES;
     if (lane % 2 == 0) call.gates[(i * GATES + which) * call.hidden + unit] = gate;
-    if (lane % 8 == 0) call.out[i * call.hidden + unit] = h;
+    if (lane % 8 == 0) call.out[i * call.ldo + unit] = h;
     if (lane % 8 == 1) call.cells[i * call.hidden + unit] = c;
 }
 
@@ -63,8 +70,9 @@ static __host__ __device__ int32_t padded(int32_t hidden) {
 }
 
 template <bool ALIGNED>
-__global__ void __launch_bounds__(STREAM_WARPS *WARP, 1) lstm_stream_kernel(sida_lstm_call call) {
+__global__ void __launch_bounds__(STREAM_WARPS *WARP, 1) lstm_stream_kernel(lstm_pair pair) {
     extern __shared__ float4 shared4[];
+    const sida_lstm_call &call = pair.of[blockIdx.y];
     const int32_t hidden = call.hidden, thread = threadIdx.x, lane = thread % WARP;
     const int32_t pad = padded(hidden), which = lane / 2 % GATES;
     float *before = (float *)shared4, *after = before + pad;
@@ -78,7 +86,10 @@ __global__ void __launch_bounds__(STREAM_WARPS *WARP, 1) lstm_stream_kernel(sida
             after[k] = 0.0f;
         }
     __syncthreads();
-    for (int64_t i = begin; i < end; i++) {
+    const int64_t way = call.reverse ? -1 : 1, first = call.reverse ? end - 1 : begin;
+    const int64_t last = call.reverse ? begin : end - 1;
+    for (int64_t t = 0; t < end - begin; t++) {
+        const int64_t i = first + way * t; /* the row of the token taken */
         for (int32_t group = thread / WARP; group * UNITS < hidden; group += STREAM_WARPS) {
             const int32_t unit = group * UNITS + lane / 8;
             const bool inside = unit < hidden;
@@ -86,8 +97,8 @@ __global__ void __launch_bounds__(STREAM_WARPS *WARP, 1) lstm_stream_kernel(sida
             if (inside) {
                 x = call.gates[(i * GATES + which) * hidden + unit];
                 bias = call.bias[which * hidden + unit];
-                if (i > begin)
-                    c = call.cells[(i - 1) * hidden + unit];
+                if (i != first)
+                    c = call.cells[(i - way) * hidden + unit];
                 else if (call.state_c)
                     c = call.state_c[state + unit];
             }
@@ -105,7 +116,7 @@ __global__ void __launch_bounds__(STREAM_WARPS *WARP, 1) lstm_stream_kernel(sida
             if (inside) {
                 keep(call, i, unit, gate, c, h);
                 if (lane % 8 == 0) after[unit] = h;
-                if (i + 1 == end) keep_state(call, s, unit, c, h);
+                if (i == last) keep_state(call, s, unit, c, h);
             }
         }
         __syncthreads();
@@ -136,56 +147,6 @@ constexpr int CLUSTERS = 8;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-static __device__ uint32_t shared_address(const void *of) {
-    return (uint32_t)__cvta_generic_to_shared(of);
-}
-
-/* The same place in another block of the cluster. */
-static __device__ uint32_t address_in(uint32_t address, int block) {
-    uint32_t there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
-    return there;
-}
-
-static __device__ void cluster_arrive(void) {
-    __syncwarp();
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-static __device__ void cluster_wait(void) {
-    __syncwarp();
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-/* A barrier of one arrival, ask's, and some bytes. */
-static __device__ void barrier_create(uint32_t barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-static __device__ void barrier_ask(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-}
-static __device__ void barrier_await(uint32_t barrier, uint32_t phase) {
-    uint32_t done;
-    do {
-        asm volatile("{\n\t"
-                     ".reg .pred p;\n\t"
-                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-                     "selp.b32 %0, 1, 0, p;\n\t"
-                     "}"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(phase & 1)
-                     : "memory");
-    } while (!done);
-}
-
-/* 16 bytes to another block's shared memory, counted by its barrier. */
-static __device__ void send(uint32_t to, uint32_t barrier, float4 v) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, "
-                 "%4}, [%5];" ::"r"(to),
-                 "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
-                 : "memory");
-}
-
 #define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
 #else
 #define IN_CLUSTERS
@@ -193,8 +154,9 @@ static __device__ void send(uint32_t to, uint32_t barrier, float4 v) {
 
 template <bool ALIGNED>
 __global__ void IN_CLUSTERS __launch_bounds__(CLUSTER_WARPS *WARP, 1)
-    lstm_cluster_kernel(sida_lstm_call call) {
+    lstm_cluster_kernel(lstm_pair pair) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const sida_lstm_call &call = pair.of[blockIdx.y];
     __shared__ __align__(16) float h[2][CLUSTER_HIDDEN];
     __shared__ __align__(8) uint64_t full[2];
     constexpr int THREADS = CLUSTER_WARPS * WARP, CHUNKS = CLUSTER_HIDDEN / DOT_COLUMNS;
@@ -232,6 +194,8 @@ __global__ void IN_CLUSTERS __launch_bounds__(CLUSTER_WARPS *WARP, 1)
     for (int32_t s = (int32_t)blockIdx.x / CLUSTER; s < call.sequences;
          s += (int32_t)gridDim.x / CLUSTER) {
         const int64_t begin = call.offsets[s], length = call.offsets[s + 1] - begin;
+        const int64_t way = call.reverse ? -1 : 1,
+                      first = call.reverse ? begin + length - 1 : begin;
         if (length <= 0) continue;
         __syncthreads(); /* the last sequence's readers */
         float c = inside && call.state_c ? call.state_c[(int64_t)s * hidden + unit] : 0.0f;
@@ -240,13 +204,13 @@ __global__ void IN_CLUSTERS __launch_bounds__(CLUSTER_WARPS *WARP, 1)
             h[(sent + 1) & 1][k] = call.state_h ? call.state_h[(int64_t)s * hidden + k] : 0.0f;
         __syncthreads();
         if (call.state_h) cluster_arrive(); /* all of it has been read here */
-        const float *gates = call.gates + (begin * GATES + which) * hidden + unit;
+        const float *gates = call.gates + (first * GATES + which) * hidden + unit;
         float x = inside ? *gates : 0.0f;
         for (int64_t t = 0; active && t < length; t++) {
             const uint32_t next = sent + (uint32_t)t; /* the number of this step's send */
             const uint32_t from = (next + 1) & 1;
             float x_next = 0.0f, gate;
-            if (inside && t + 1 < length) x_next = gates[(t + 1) * GATES * hidden];
+            if (inside && t + 1 < length) x_next = gates[way * (t + 1) * GATES * hidden];
             if (t > 0) {
                 barrier_await(barrier + from * BARRIER, (next - 1) / 2);
                 if (thread == 0) barrier_ask(barrier + from * BARRIER, bytes);
@@ -265,7 +229,7 @@ __global__ void IN_CLUSTERS __launch_bounds__(CLUSTER_WARPS *WARP, 1)
                             __shfl_sync(ALL_LANES, last, 16), __shfl_sync(ALL_LANES, last, 24));
             if (lane < blocks && t + 1 < length)
                 send(to_h + (next & 1) * BUFFER, to_barrier + (next & 1) * BARRIER, all);
-            if (inside) keep(call, begin + t, unit, gate, c, last);
+            if (inside) keep(call, first + way * t, unit, gate, c, last);
             x = x_next;
         }
         sent += (uint32_t)length - 1;
@@ -280,11 +244,15 @@ __global__ void IN_CLUSTERS __launch_bounds__(CLUSTER_WARPS *WARP, 1)
 #endif
 }
 
-template <bool ALIGNED> static sida_status launch(sida_stream *stream, const sida_lstm_call *call) {
-    const int32_t clusters = call->sequences < CLUSTERS ? call->sequences : CLUSTERS;
+template <bool ALIGNED>
+static sida_status launch(sida_stream *stream, const lstm_pair &pair, int directions) {
+    const sida_lstm_call *call = &pair.of[0];
+    const int32_t most = CLUSTERS / directions;
+    const int32_t clusters = call->sequences < most ? call->sequences : most;
     if (call->hidden <= CLUSTER_HIDDEN && sida_cuda_early_launch(stream->backend))
         return launch_kernel("lstm kernel", stream, lstm_cluster_kernel<ALIGNED>,
-                             dim3((unsigned)(clusters * CLUSTER)), CLUSTER_WARPS * WARP, 0, *call);
+                             dim3((unsigned)(clusters * CLUSTER), (unsigned)directions),
+                             CLUSTER_WARPS * WARP, 0, pair);
     const size_t bytes = 2 * (size_t)padded(call->hidden) * sizeof(float), usual = 48 << 10;
     if (bytes > usual && cudaFuncSetAttribute(lstm_stream_kernel<ALIGNED>,
                                               cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -296,16 +264,26 @@ template <bool ALIGNED> static sida_status launch(sida_stream *stream, const sid
                          call->hidden, bytes);
     }
     return launch_kernel("lstm kernel", stream, lstm_stream_kernel<ALIGNED>,
-                         dim3((unsigned)call->sequences), STREAM_WARPS * WARP, bytes, *call);
+                         dim3((unsigned)call->sequences, (unsigned)directions), STREAM_WARPS * WARP,
+                         bytes, pair);
 }
 
 extern "C" sida_status sida_lstm_cuda(sida_stream *stream, const sida_lstm_call *call) {
-    if (call->recurrent.dtype != SIDA_F32)
-        return sida_fail(SIDA_ERROR_UNSUPPORTED, "lstm: the recurrent weights are not fp32");
+    const sida_lstm_call *both[2] = {call, call->beside ? call->beside : call};
+    const int directions = call->beside ? 2 : 1;
+    assert(both[1]->sequences == call->sequences && both[1]->hidden == call->hidden);
+    lstm_pair pair;
+    bool aligned = call->hidden % 4 == 0;
+    for (int i = 0; i < 2; i++) {
+        if (both[i]->recurrent.dtype != SIDA_F32)
+            return sida_fail(SIDA_ERROR_UNSUPPORTED, "lstm: the recurrent weights are not fp32");
+        pair.of[i] = *both[i];
+        if (pair.of[i].ldo == 0) pair.of[i].ldo = call->hidden;
+        aligned = aligned && (uintptr_t)both[i]->recurrent.data % 16 == 0;
+    }
     if (call->sequences <= 0) return SIDA_OK;
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;
-    if (call->hidden % 4 == 0 && (uintptr_t)call->recurrent.data % 16 == 0)
-        return launch<true>(stream, call);
-    return launch<false>(stream, call);
+    return aligned ? launch<true>(stream, pair, directions)
+                   : launch<false>(stream, pair, directions);
 }

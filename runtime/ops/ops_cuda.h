@@ -35,7 +35,7 @@ enum {
     SIDA_CUDA_SCRATCH_BYTES = 8 << 20,
     SIDA_CUDA_STREAM_BYTES = SIDA_CUDA_WORKSPACE_BYTES + SIDA_CUDA_SCRATCH_BYTES
 };
-/* Makes both, once a stream. */
+/* Makes both, once a stream; training, which needs only the first, has it made by its products. */
 sida_status sida_prepare_cuda(sida_stream *stream);
 
 #endif

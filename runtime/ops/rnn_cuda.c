@@ -3,13 +3,15 @@
 #include "formats/base/memory.h"
 #include "runtime/backend/backend_cuda.h"
 #include "runtime/ops/cudnn_cuda.h"
+#include "runtime/ops/rnn_cluster.h"
 
 #include <assert.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* Matrices of a layer as cuDNN counts them: of the input for i, f, g, o, then of the state. */
+/* Matrices of a direction of a layer as cuDNN counts them: of the input for i, f, g, o, then of the
+ * state. */
 enum { gates = 4, matrices = 2 * gates };
 
 /* A matrix and its bias in the weight space, in floats from its begin. */
@@ -30,12 +32,30 @@ struct sida_rnn {
     sida_buffer *reserve;                  /* from forward to backward */
     size_t workspace_bytes, reserve_bytes; /* of the batch */
     size_t weight_bytes;
-    place places[SIDA_RNN_LAYERS_MAX][matrices];
-    int32_t *lengths;  /* [options.sequences] of the batch */
-    int32_t sequences; /* of the batch, without the empty ones */
+    place places[2 * SIDA_RNN_LAYERS_MAX][matrices]; /* of each pseudo-layer */
+    int32_t *lengths;                                /* [options.sequences] of the batch */
+    int32_t sequences;                               /* of the batch, without the empty ones */
     int32_t longest;
     int64_t rows;
+    sida_rnn_cluster *cluster; /* not NULL: the rest is of no use but the options and the batch */
+    sida_row_map map;          /* its rows */
+    int32_t mapped;            /* sequences in it */
 };
+
+/* cuDNN's pseudo-layers: layer by layer, in each the forward direction, then the other. */
+static int32_t pseudo_layers(const sida_rnn *rnn) {
+    return rnn->options.layers * (rnn->options.bidirectional ? 2 : 1);
+}
+
+/* Of one direction. */
+static int32_t units_of(const sida_rnn *rnn) {
+    return rnn->options.hidden / (rnn->options.bidirectional ? 2 : 1);
+}
+
+/* Of a matrix that reads the layer's input, which is `hidden` wide in every layer, or the state. */
+static int64_t columns_of(const sida_rnn *rnn, int32_t matrix) {
+    return matrix < gates ? rnn->options.hidden : units_of(rnn);
+}
 
 bool sida_rnn_built(void) {
     return true;
@@ -47,8 +67,9 @@ static sida_status check(const sida_rnn *rnn, cudnnStatus_t code, const char *ca
     const char *what = rnn->cudnn->status_string(code);
     if (CUDNN_STATUS_CATEGORY(code) == CUDNN_STATUS_NOT_SUPPORTED)
         return sida_fail(SIDA_ERROR_UNSUPPORTED,
-                         "cuda: %s: %s, for an LSTM of %d layers of %d; train with --device cpu",
-                         call, what, rnn->options.layers, rnn->options.hidden);
+                         "cuda: %s: %s, for an LSTM of %d layers of %d%s; train with --device cpu",
+                         call, what, rnn->options.layers, rnn->options.hidden,
+                         rnn->options.bidirectional ? " in two directions" : "");
     bool memory = CUDNN_STATUS_CATEGORY(code) == CUDNN_STATUS_INTERNAL_ERROR ||
                   code == CUDNN_STATUS_NOT_INITIALIZED;
     return sida_fail(SIDA_ERROR_DEVICE, "cuda: %s: %s%s", call, what,
@@ -69,15 +90,17 @@ static sida_status describe(sida_rnn *rnn) {
     sida_status status = SIDA_OK;
     const sida_rnn_options *o = &rnn->options;
     cudnnHandle_t handle = owner(rnn)->handle;
+    int32_t units = units_of(rnn);
     CUDNN_TRY(rnn, create_dropout, &rnn->dropout);
     CUDNN_TRY(rnn, set_dropout, rnn->dropout, handle, 0, NULL, 0, 0);
     CUDNN_TRY(rnn, create_rnn, &rnn->rnn);
     CUDNN_TRY(rnn, set_rnn, rnn->rnn,
               o->algorithm == SIDA_RNN_PERSISTENT ? CUDNN_RNN_ALGO_PERSIST_STATIC
                                                   : CUDNN_RNN_ALGO_STANDARD,
-              CUDNN_LSTM, CUDNN_RNN_DOUBLE_BIAS, CUDNN_UNIDIRECTIONAL, CUDNN_LINEAR_INPUT,
+              CUDNN_LSTM, CUDNN_RNN_DOUBLE_BIAS,
+              o->bidirectional ? CUDNN_BIDIRECTIONAL : CUDNN_UNIDIRECTIONAL, CUDNN_LINEAR_INPUT,
               CUDNN_DATA_FLOAT, CUDNN_DATA_FLOAT, o->tf32 ? CUDNN_DEFAULT_MATH : CUDNN_FMA_MATH,
-              o->hidden, o->hidden, o->hidden, o->layers, rnn->dropout,
+              o->hidden, units, units, o->layers, rnn->dropout,
               o->layout == SIDA_RNN_PADDED ? CUDNN_RNN_PADDED_IO_ENABLED
                                            : CUDNN_RNN_PADDED_IO_DISABLED);
     CUDNN_TRY(rnn, create_data, &rnn->data);
@@ -100,18 +123,18 @@ static int64_t tensor_items(const sida_rnn *rnn, cudnnTensorDescriptor_t tensor)
  * does not touch. */
 static sida_status find_places(sida_rnn *rnn) {
     sida_status status = SIDA_OK;
-    const int64_t hidden = rnn->options.hidden;
+    const int64_t units = units_of(rnn);
     cudnnTensorDescriptor_t weight = NULL, bias = NULL;
     char *base = rnn->reserve->data;
     CUDNN_TRY(rnn, create_tensor, &weight);
     CUDNN_TRY(rnn, create_tensor, &bias);
-    for (int32_t l = 0; l < rnn->options.layers; l++)
+    for (int32_t l = 0; l < pseudo_layers(rnn); l++)
         for (int32_t m = 0; m < matrices; m++) {
             void *weights = NULL, *biases = NULL;
             CUDNN_TRY(rnn, weight_parameters, owner(rnn)->handle, rnn->rnn, l, rnn->weight_bytes,
                       base, m, weight, &weights, bias, &biases);
-            if (!weights || !biases || tensor_items(rnn, weight) != hidden * hidden ||
-                tensor_items(rnn, bias) != hidden)
+            if (!weights || !biases || tensor_items(rnn, weight) != units * columns_of(rnn, m) ||
+                tensor_items(rnn, bias) != units)
                 SIDA_FAIL(SIDA_ERROR_UNSUPPORTED,
                           "cuda: cuDNN %zu lays an LSTM's weights out in a way that is not known; "
                           "train with --device cpu",
@@ -153,13 +176,20 @@ sida_status sida_rnn_create(sida_rnn **out, sida_stream *stream, const sida_rnn_
     sida_rnn *rnn = NULL;
     assert(stream->kind == SIDA_STREAM_COMPUTE && options->hidden > 0 && options->layers > 0 &&
            options->layers <= SIDA_RNN_LAYERS_MAX && options->sequences > 0 &&
-           options->longest > 0 && options->tokens > 0);
+           options->longest > 0 && options->tokens > 0 &&
+           (!options->bidirectional || options->hidden % 2 == 0));
     assert(!options->beside || options->beside->stream == stream);
     SIDA_TRY(sida_cuda_use(stream->backend));
     SIDA_TRY(SIDA_ALLOC(&rnn, 1, "an LSTM on cuDNN"));
     rnn->stream = stream;
     rnn->options = *options;
     SIDA_TRY(SIDA_ALLOC(&rnn->lengths, options->sequences, "the lengths of a batch"));
+    if (options->algorithm == SIDA_RNN_CLUSTER) {
+        SIDA_TRY(sida_rnn_cluster_create(&rnn->cluster, stream, options));
+        *out = rnn;
+        rnn = NULL;
+        goto out;
+    }
     SIDA_TRY(sida_cudnn_load(&rnn->cudnn));
     if (!options->beside) {
         CUDNN_TRY(rnn, create, &rnn->handle);
@@ -178,6 +208,7 @@ out:
 void sida_rnn_destroy(sida_rnn *rnn) {
     if (!rnn) return;
     const sida_cudnn *cudnn = rnn->cudnn;
+    sida_rnn_cluster_destroy(rnn->cluster);
     sida_buffer_destroy(rnn->workspace);
     sida_buffer_destroy(rnn->reserve);
     if (rnn->state) (void)cudnn->destroy_tensor(rnn->state);
@@ -190,49 +221,50 @@ void sida_rnn_destroy(sida_rnn *rnn) {
 }
 
 size_t sida_rnn_bytes(const sida_rnn *rnn) {
+    if (rnn->cluster) return sida_rnn_cluster_bytes(rnn->cluster);
     return (rnn->workspace ? rnn->workspace->bytes : 0) + (rnn->reserve ? rnn->reserve->bytes : 0);
 }
 
 /* --- parameters */
 
 int64_t sida_rnn_weight_items(const sida_rnn *rnn) {
+    if (rnn->cluster) return sida_rnn_cluster_items(rnn->cluster);
     return (int64_t)(rnn->weight_bytes / sizeof(float));
 }
 
 /* One matrix and its bias in PyTorch's tensors: gate by gate, cuDNN's order. */
 typedef struct piece {
     float *weight, *bias;
+    size_t weight_bytes, bias_bytes;
 } piece;
 
-static piece piece_of(const sida_rnn_weights *layer, int32_t matrix, int64_t hidden) {
-    int64_t gate = matrix % gates;
-    if (matrix < gates)
-        return (piece){layer->input_weight + gate * hidden * hidden,
-                       layer->input_bias + gate * hidden};
-    return (piece){layer->recurrent_weight + gate * hidden * hidden,
-                   layer->recurrent_bias + gate * hidden};
+static piece piece_of(const sida_rnn *rnn, const sida_rnn_weights *layer, int32_t matrix) {
+    int64_t gate = matrix % gates, units = units_of(rnn), items = units * columns_of(rnn, matrix);
+    bool input = matrix < gates;
+    return (piece){(input ? layer->input_weight : layer->recurrent_weight) + gate * items,
+                   (input ? layer->input_bias : layer->recurrent_bias) + gate * units,
+                   (size_t)items * sizeof(float), (size_t)units * sizeof(float)};
 }
 
 void sida_rnn_pack(const sida_rnn *rnn, float *space, const sida_rnn_weights *weights) {
-    const int64_t hidden = rnn->options.hidden;
-    const size_t row = (size_t)hidden * sizeof(float);
+    if (rnn->cluster) return sida_rnn_cluster_reorder(rnn->cluster, space, weights, false);
     memset(space, 0, rnn->weight_bytes);
-    for (int32_t l = 0; l < rnn->options.layers; l++)
+    for (int32_t l = 0; l < pseudo_layers(rnn); l++)
         for (int32_t m = 0; m < matrices; m++) {
-            piece from = piece_of(&weights[l], m, hidden);
-            memcpy(space + rnn->places[l][m].weight, from.weight, (size_t)hidden * row);
-            memcpy(space + rnn->places[l][m].bias, from.bias, row);
+            piece from = piece_of(rnn, &weights[l], m);
+            memcpy(space + rnn->places[l][m].weight, from.weight, from.weight_bytes);
+            memcpy(space + rnn->places[l][m].bias, from.bias, from.bias_bytes);
         }
 }
 
 void sida_rnn_unpack(const sida_rnn *rnn, const sida_rnn_weights *weights, const float *space) {
-    const int64_t hidden = rnn->options.hidden;
-    const size_t row = (size_t)hidden * sizeof(float);
-    for (int32_t l = 0; l < rnn->options.layers; l++)
+    if (rnn->cluster)
+        return sida_rnn_cluster_reorder(rnn->cluster, (float *)(uintptr_t)space, weights, true);
+    for (int32_t l = 0; l < pseudo_layers(rnn); l++)
         for (int32_t m = 0; m < matrices; m++) {
-            piece to = piece_of(&weights[l], m, hidden);
-            memcpy(to.weight, space + rnn->places[l][m].weight, (size_t)hidden * row);
-            memcpy(to.bias, space + rnn->places[l][m].bias, row);
+            piece to = piece_of(rnn, &weights[l], m);
+            memcpy(to.weight, space + rnn->places[l][m].weight, to.weight_bytes);
+            memcpy(to.bias, space + rnn->places[l][m].bias, to.bias_bytes);
         }
 }
 
@@ -252,13 +284,31 @@ out:
     return status;
 }
 
-sida_status sida_rnn_set_lengths(sida_rnn *rnn, const int32_t *lengths, int32_t sequences) {
+/* The batch to cuDNN. */
+static sida_status describe_batch(sida_rnn *rnn) {
     sida_status status = SIDA_OK;
     const sida_rnn_options *o = &rnn->options;
     const cudnnRNNDataLayout_t layout = o->layout == SIDA_RNN_PADDED
                                             ? CUDNN_RNN_DATA_LAYOUT_SEQ_MAJOR_UNPACKED
                                             : CUDNN_RNN_DATA_LAYOUT_SEQ_MAJOR_PACKED;
     float padding = 0;
+    const int units = units_of(rnn), shape[3] = {pseudo_layers(rnn), rnn->sequences, units},
+              strides[3] = {rnn->sequences * units, units, 1};
+    CUDNN_TRY(rnn, set_tensor, rnn->state, CUDNN_DATA_FLOAT, 3, shape, strides);
+    CUDNN_TRY(rnn, set_data, rnn->data, CUDNN_DATA_FLOAT, layout, rnn->longest, rnn->sequences,
+              o->hidden, rnn->lengths, &padding);
+    CUDNN_TRY(rnn, space_sizes, owner(rnn)->handle, rnn->rnn, CUDNN_FWD_MODE_TRAINING, rnn->data,
+              &rnn->workspace_bytes, &rnn->reserve_bytes);
+    SIDA_TRY(reserve_bytes(rnn, &owner(rnn)->workspace, rnn->workspace_bytes, "cuDNN's workspace"));
+    SIDA_TRY(reserve_bytes(rnn, &rnn->reserve, rnn->reserve_bytes,
+                           "what the LSTM keeps for its backward pass"));
+out:
+    return status;
+}
+
+sida_status sida_rnn_set_lengths(sida_rnn *rnn, const int32_t *lengths, int32_t sequences) {
+    sida_status status = SIDA_OK;
+    const sida_rnn_options *o = &rnn->options;
     int64_t rows = 0;
     int32_t count = 0; /* cuDNN takes no empty sequences */
     for (int32_t s = 0; s < sequences; s++) {
@@ -277,21 +327,20 @@ sida_status sida_rnn_set_lengths(sida_rnn *rnn, const int32_t *lengths, int32_t 
                   count, lengths[0], rows, o->sequences, o->longest, o->tokens);
     SIDA_TRY(sida_cuda_use(rnn->stream->backend));
     memcpy(rnn->lengths, lengths, (size_t)count * sizeof *lengths);
-    const int shape[3] = {o->layers, count, o->hidden},
-              strides[3] = {count * o->hidden, o->hidden, 1};
-    CUDNN_TRY(rnn, set_tensor, rnn->state, CUDNN_DATA_FLOAT, 3, shape, strides);
-    CUDNN_TRY(rnn, set_data, rnn->data, CUDNN_DATA_FLOAT, layout, lengths[0], count, o->hidden,
-              rnn->lengths, &padding);
-    CUDNN_TRY(rnn, space_sizes, owner(rnn)->handle, rnn->rnn, CUDNN_FWD_MODE_TRAINING, rnn->data,
-              &rnn->workspace_bytes, &rnn->reserve_bytes);
-    SIDA_TRY(reserve_bytes(rnn, &owner(rnn)->workspace, rnn->workspace_bytes, "cuDNN's workspace"));
-    SIDA_TRY(reserve_bytes(rnn, &rnn->reserve, rnn->reserve_bytes,
-                           "what the LSTM keeps for its backward pass"));
     rnn->sequences = count;
     rnn->longest = lengths[0];
     rnn->rows = rows;
+    rnn->mapped = 0;
+    if (!rnn->cluster) SIDA_TRY(describe_batch(rnn));
 out:
+    if (status != SIDA_OK) rnn->rows = 0;
     return status;
+}
+
+void sida_rnn_set_rows(sida_rnn *rnn, const sida_row_map *rows, int32_t sequences) {
+    assert(!rnn->cluster || sequences <= rnn->options.sequences);
+    rnn->map = *rows;
+    rnn->mapped = sequences;
 }
 
 int64_t sida_rnn_rows(const sida_rnn *rnn) {
@@ -316,6 +365,9 @@ void sida_rnn_steps(const sida_rnn *rnn, int32_t *step) {
 sida_status sida_rnn_forward(sida_rnn *rnn, float *y, const float *x, const float *weights) {
     sida_status status = SIDA_OK;
     if (rnn->rows == 0) return SIDA_OK;
+    if (rnn->cluster)
+        return sida_rnn_cluster_forward(rnn->cluster, &rnn->map, rnn->mapped, rnn->rows, y, x,
+                                        weights);
     SIDA_TRY(sida_cuda_use(rnn->stream->backend));
     CUDNN_TRY(rnn, forward, owner(rnn)->handle, rnn->rnn, CUDNN_FWD_MODE_TRAINING, NULL, rnn->data,
               x, rnn->data, y, rnn->state, NULL, NULL, rnn->state, NULL, NULL, rnn->weight_bytes,
@@ -329,6 +381,9 @@ sida_status sida_rnn_backward_data(sida_rnn *rnn, float *d_x, const float *d_y, 
                                    const float *weights) {
     sida_status status = SIDA_OK;
     if (rnn->rows == 0) return SIDA_OK;
+    if (rnn->cluster)
+        return sida_rnn_cluster_backward_data(rnn->cluster, &rnn->map, rnn->mapped, rnn->rows, d_x,
+                                              d_y, y, weights);
     SIDA_TRY(sida_cuda_use(rnn->stream->backend));
     CUDNN_TRY(rnn, backward_data, owner(rnn)->handle, rnn->rnn, NULL, rnn->data, y, d_y, rnn->data,
               d_x, rnn->state, NULL, NULL, NULL, rnn->state, NULL, NULL, NULL, rnn->weight_bytes,
@@ -342,6 +397,9 @@ sida_status sida_rnn_backward_weights(sida_rnn *rnn, float *d_weights, const flo
                                       const float *y) {
     sida_status status = SIDA_OK;
     if (rnn->rows == 0) return SIDA_OK;
+    if (rnn->cluster)
+        return sida_rnn_cluster_backward_weights(rnn->cluster, rnn->mapped, rnn->rows, d_weights, x,
+                                                 y);
     SIDA_TRY(sida_cuda_use(rnn->stream->backend));
     CUDNN_TRY(rnn, backward_weights, owner(rnn)->handle, rnn->rnn, CUDNN_WGRAD_MODE_ADD, NULL,
               rnn->data, x, rnn->state, NULL, rnn->data, y, rnn->weight_bytes, d_weights,

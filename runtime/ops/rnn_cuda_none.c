@@ -40,6 +40,12 @@ sida_status sida_rnn_set_lengths(sida_rnn *rnn, const int32_t *lengths, int32_t 
     (void)rnn, (void)lengths, (void)sequences;
     abort();
 }
+void sida_rnn_set_rows(sida_rnn *rnn, const struct sida_row_map *rows, int32_t sequences) {
+    (void)rnn;
+    (void)rows;
+    (void)sequences;
+    abort();
+}
 int64_t sida_rnn_rows(const sida_rnn *rnn) {
     (void)rnn;
     abort();

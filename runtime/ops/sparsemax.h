@@ -1,5 +1,6 @@
-/* SparseMax (Martins and Astudillo 2016), and attention with it over ragged sequences. The correct
- * one: the Euclidean projection onto the simplex; its gradient is the projection's. */
+/* SparseMax (Martins and Astudillo 2016), and attention with it, or with softmax, over ragged
+ * sequences. The correct one: the Euclidean projection onto the simplex; its gradient is the
+ * projection's. */
 #ifndef SIDA_RUNTIME_OPS_SPARSEMAX_H
 #define SIDA_RUNTIME_OPS_SPARSEMAX_H
 
@@ -8,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* out[i] += Σ_j p[i, j] memory[j], p[i] = sparsemax over the keys of i's sequence of
+/* out[i] += Σ_j p[i, j] memory[j], p[i] = sparsemax (or softmax) over the keys of i's sequence of
  * queries[i] · memory[j]; one head, unscaled; keys and values are the same vectors (SiDA-MoE,
  * section 3.4). With causal, query i of a sequence sees keys 0 … q_position + i. A query without
  * keys adds nothing. */
@@ -20,7 +21,7 @@ typedef struct sida_sparsemax_attention_call {
     const int64_t *q_start, *k_start; /* [sequences] rows */
     const int32_t *q_count, *k_count; /* [sequences] */
     const int32_t *q_position;        /* [sequences]; NULL: 0 */
-    bool causal;
+    bool causal, softmax;
     /* Queries of all sequences together as far as the host knows, by which CUDA spreads the work;
      * 0: unknown. Changes no result. */
     int64_t rows;

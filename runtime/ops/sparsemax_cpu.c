@@ -3,6 +3,7 @@
 #include "formats/base/memory.h"
 
 #include <assert.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -57,6 +58,25 @@ void sida_sparsemax_backward(float *d_z, const float *d_p, const float *p, int64
     for (int64_t i = 0; i < n; i++) d_z[i] = p[i] != 0 ? d_p[i] - mean : 0;
 }
 
+/* p over z. A score that is not finite makes all of them NaN. */
+static void softmax(float *z, int64_t n) {
+    float top = n > 0 ? z[0] : 0;
+    double sum = 0;
+    for (int64_t i = 1; i < n; i++) top = z[i] > top ? z[i] : top;
+    for (int64_t i = 0; i < n; i++) {
+        z[i] = expf(z[i] - top);
+        sum += (double)z[i];
+    }
+    for (int64_t i = 0; i < n; i++) z[i] = (float)((double)z[i] / sum);
+}
+
+/* d_z over d_p: p (d_p - Σ p d_p). */
+static void softmax_backward(float *d, const float *p, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (double)p[i] * (double)d[i];
+    for (int64_t i = 0; i < n; i++) d[i] = p[i] * (float)((double)d[i] - sum);
+}
+
 /* Eight partial sums: the order depends on the width alone. */
 static float dot(const float *a, const float *b, int32_t width) {
     float sum[8] = {0};
@@ -84,7 +104,10 @@ static void attend(const sida_sparsemax_attention_call *q, int32_t s, int32_t i,
     const float *memory = q->memory + q->k_start[s] * width;
     float *out = q->out + (q->q_start[s] + i) * width;
     for (int32_t j = 0; j < keys; j++) scores[j] = dot(query, memory + (int64_t)j * width, width);
-    sida_sparsemax(scores, scores, keys, scores + q->k_count[s]);
+    if (q->softmax)
+        softmax(scores, keys);
+    else
+        sida_sparsemax(scores, scores, keys, scores + q->k_count[s]);
     for (int32_t j = 0; j < keys; j++)
         if (scores[j] != 0) add_scaled(out, memory + (int64_t)j * width, scores[j], width);
     if (!q->probabilities) return;
@@ -159,7 +182,10 @@ static void attend_backward(const sida_sparsemax_attention_backward_call *b, int
         scores[j] = dot(d_out, q->memory + key, width);
         add_scaled(b->d_memory + key, d_out, p[j], width);
     }
-    sida_sparsemax_backward(scores, scores, p, keys);
+    if (q->softmax)
+        softmax_backward(scores, p, keys);
+    else
+        sida_sparsemax_backward(scores, scores, p, keys);
     for (int32_t j = 0; j < keys; j++) {
         if (p[j] == 0) continue;
         int64_t key = first + (int64_t)j * width;

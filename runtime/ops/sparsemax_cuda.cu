@@ -1,10 +1,13 @@
-/* SparseMax attention. A block takes four queries of one sequence over all their keys; a warp makes
- * the sixteen scores of four keys, then each query has a warp that finds its threshold and lists
- * its support, and all threads add up the values of the listed keys in their order.
+/* SparseMax (or softmax) attention. A block takes four queries of one sequence over all their keys;
+ * a warp makes the sixteen scores of four keys, then each query has a warp that finds its threshold
+ * and lists its support, and all threads add up the values of the listed keys in their order.
  *
  * The threshold is Michelot's (sparsemax_cpu.c), without a sort: passes over the scores, each with
  * the last one's threshold. Up to TILE keys the scores stay in shared memory; with more of them
- * every pass makes them anew, tile by tile, so that any number will do. */
+ * every pass makes them anew, tile by tile, so that any number will do.
+ *
+ * Softmax has one pass between the maximum and the values, which sums the exponentials; its
+ * `threshold` is one over that sum, and its support all keys whose share is not 0. */
 #include "runtime/ops/dots_cuda.cuh"
 
 constexpr int WARPS = 16, QUERIES = 4, KEYS = DOTS / QUERIES, TILE = 1024;
@@ -16,7 +19,7 @@ struct score_tile {
 };
 
 /* Passes over a block's keys: the greatest score of each query; the threshold from what lies above
- * the last one, until that is the same; the values. */
+ * the last one, until that is the same (softmax: once); the values. */
 enum phase { MAXIMUM, SHRINK, ADD, DONE };
 
 /* The block's queries: count of them from row `first`, and the most keys that one of them sees. */
@@ -67,14 +70,16 @@ static __device__ double warp_sum_of(double value) {
 /* Replaces the scores of the tile's first `size` keys by their probabilities, those that are not 0
  * in the order of keys, and lists the keys. */
 static __device__ void list_support(score_tile &tile, int query, int32_t size, float top,
-                                    double threshold) {
+                                    double threshold, bool softmax) {
     const int lane = threadIdx.x % WARP;
     const unsigned before = (1u << lane) - 1;
     int32_t listed = 0;
     for (int32_t base = 0; base < size; base += WARP) {
         float p = 0.0f;
         if (base + lane < size) {
-            const double value = (double)(tile.score[query][base + lane] - top) - threshold;
+            const float below = tile.score[query][base + lane] - top;
+            const double value =
+                softmax ? (double)expf(below) * threshold : (double)below - threshold;
             p = value <= 0 ? 0.0f : (float)value; /* NaN stays */
         }
         const unsigned kept = __ballot_sync(ALL_LANES, p != 0.0f);
@@ -148,12 +153,17 @@ __global__ void __launch_bounds__(WARPS *WARP, 1)
                 } else if (now == SHRINK) {
                     for (int32_t j = lane; j < mine; j += WARP) {
                         const double value = (double)(tile.score[query][j] - top);
+                        if (call.softmax) {
+                            sum += (double)expf((float)value);
+                            continue;
+                        }
                         if (value <= threshold) continue; /* NaN gets in and poisons the sum */
                         sum += value;
                         count++;
                     }
                 } else {
-                    if (query < QUERIES) list_support(tile, query, mine, top, threshold);
+                    if (query < QUERIES)
+                        list_support(tile, query, mine, top, threshold, call.softmax);
                     __syncthreads();
                     add_values(call.out + row, tile, block.memory + (int64_t)begin * width,
                                block.count, width);
@@ -164,7 +174,8 @@ __global__ void __launch_bounds__(WARPS *WARP, 1)
             if (now != SHRINK) continue;
             sum = warp_sum_of(sum);
             count = __reduce_add_sync(ALL_LANES, count);
-            const bool changed = count > 0 && count < kept;
+            if (call.softmax) threshold = 1 / sum;
+            const bool changed = count > 0 && count < kept; /* softmax counts none */
             if (changed) {
                 kept = count;
                 threshold = (sum - 1) / (double)count;

@@ -2,7 +2,7 @@
  * blocks, whose products are cuBLAS's, one batched call each; a warp then turns a row of scores
  * into probabilities, or into gradients. Padding is zeros, and stays so.
  *
- * Forward:  S = Q Kᵀ, P = sparsemax(S), out += P K.
+ * Forward:  S = Q Kᵀ, P = sparsemax(S) or softmax(S), out += P K.
  * Backward: [S; dP] = [Q; dO] Kᵀ, from them [dS; P], then dK = [dS; P]ᵀ [Q; dO] and dQ = dS K: with
  * Q and dO of a sequence behind one another the first two pairs of products are one each. */
 #include "runtime/ops/gemm_cuda.cuh"
@@ -159,7 +159,7 @@ struct score_rows {
     sida_row_map q;
     const int32_t *k_count;
     int64_t stride, q_length, k_length;
-    bool causal;
+    bool causal, softmax;
 };
 
 /* A lane's part of a row: in registers if KEPT * 32 keys are enough, else read again. */
@@ -214,7 +214,16 @@ static __device__ float threshold_of(const lane_row<KEPT> &row, int lane, float 
     }
 }
 
-static __device__ float probability(float z, float top, float threshold) {
+/* One over the sum of the exponentials: what takes the threshold's place. */
+template <int KEPT>
+static __device__ float share_of(const lane_row<KEPT> &row, int lane, float top) {
+    double sum = 0;
+    row.each(lane, [&](int32_t, float z) { sum += (double)expf(z - top); });
+    return (float)(1 / warp_sum_of(sum));
+}
+
+static __device__ float probability(float z, float top, float threshold, bool softmax) {
+    if (softmax) return expf(z - top) * threshold;
     const float value = (z - top) - threshold;
     return value <= 0.0f ? 0.0f : value; /* NaN stays */
 }
@@ -242,27 +251,34 @@ __global__ void __launch_bounds__(THREADS) score_kernel(score_rows r) {
             float top = -INFINITY;
             row.each(lane, [&](int32_t, float z) { top = fmaxf(top, z); });
             top = warp_max(top);
-            const float threshold = threshold_of<KEPT>(row, lane, top);
+            const float threshold =
+                r.softmax ? share_of<KEPT>(row, lane, top) : threshold_of<KEPT>(row, lane, top);
             if (lane == 0) {
                 kept[0] = top;
                 kept[1] = threshold;
             }
-            row.each(lane, [&](int32_t i, float z) { scores[i] = probability(z, top, threshold); });
+            row.each(lane, [&](int32_t i, float z) {
+                scores[i] = probability(z, top, threshold, r.softmax);
+            });
         } else {
             const float top = kept[0], threshold = kept[1];
+            /* The mean of dP: by p with softmax, over the support with SparseMax. */
             double sum = 0;
             int32_t count = 0;
             row.each(lane, [&](int32_t i, float z) {
-                if (probability(z, top, threshold) == 0.0f) return;
-                sum += (double)gradients[i];
+                const float p = probability(z, top, threshold, r.softmax);
+                if (p == 0.0f) return;
+                sum += (r.softmax ? (double)p : 1.0) * (double)gradients[i];
                 count++;
             });
             sum = warp_sum_of(sum);
             count = __reduce_add_sync(ALL_LANES, count);
+            if (r.softmax) count = 1; /* its weights sum to 1 */
             const float mean = count > 0 ? (float)(sum / (double)count) : 0.0f;
             row.each(lane, [&](int32_t i, float z) {
-                const float p = probability(z, top, threshold);
-                scores[i] = p != 0.0f ? gradients[i] - mean : 0.0f;
+                const float p = probability(z, top, threshold, r.softmax);
+                const float off = p != 0.0f ? gradients[i] - mean : 0.0f;
+                scores[i] = r.softmax ? p * off : off;
                 gradients[i] = p;
             });
         }
@@ -337,6 +353,7 @@ static score_rows score_rows_of(const sida_sparsemax_train_call *call, const blo
     rows.q_length = b.q;
     rows.k_length = b.k;
     rows.causal = call->causal;
+    rows.softmax = call->softmax;
     return rows;
 }
 

@@ -42,7 +42,7 @@ enum { SIDA_COLUMN_SUM_PARTS = 64 };
 sida_status sida_column_sum_cuda(sida_stream *stream, float *out, float *x, const float *activated,
                                  int64_t rows, int64_t cols, float *workspace);
 
-/* --- SparseMax attention (sparsemax.h) */
+/* --- SparseMax attention, or with softmax (sparsemax.h) */
 
 /* Where the tokens of sequences lie: token t of sequence s in row start[s] + step[t], t < count[s].
  * Rows in rnn.h's order: start[s] = its rank; end to end: start = offsets, step[t] = t. */
@@ -61,6 +61,7 @@ typedef struct sida_sparsemax_train_call {
     sida_row_map q, k;    /* of the same sequences in the same order; equal for self-attention */
     int32_t sequences, width;
     bool causal; /* query i sees keys 0 … i */
+    bool softmax;
     bool tf32;
     /* sida_sparsemax_train_bytes() of some number of sequences, which are computed at a time. The
      * number may change sums in the last bits. 256-byte aligned. */
@@ -85,13 +86,24 @@ sida_status sida_sparsemax_train_backward_cuda(sida_stream *stream, float *d_que
 
 /* --- the loss: truncated knowledge distillation plus λ times cross-entropy, TKD + λ·CE */
 
+/* How far a pair's student, with logits z over E experts, is from its teacher t, of which the top T
+ * are known. Both are compared as shares of n classes:
+ *   over the top:  the T experts; p = softmax(z[top]), q = t / Σ t; n = T
+ *   over all:      the T experts and, where T < E, all others as one class more; p = softmax(z) and
+ *                  1 - Σ p of the top, q = t and 1 - Σ t; n = T + 1, or T = E
+ * (A Σ t above 1, as fp16 may round it, is divided out.) The distances are
+ *   kl:   -Σ q log p, which is KL(q ‖ p) up to the entropy of q, which is constant
+ *   l1:   Σ |p - q| / n
+ *   mse:  Σ (p - q)² / n */
 typedef enum sida_tkd {
-    /* Cross-entropy against the teacher over its top T, what is left of its mass being one more
-     * class; the student's softmax is over all E. */
-    SIDA_TKD_REST,
-    /* The paper's: mean over the top T of |softmax(student[top]) - softmax(teacher[top])|. */
-    SIDA_TKD_L1_RENORM
+    SIDA_TKD_REST, /* kl over all */
+    SIDA_TKD_KL_TOP,
+    SIDA_TKD_L1_ALL,
+    SIDA_TKD_L1_RENORM, /* l1 over the top: the paper's */
+    SIDA_TKD_MSE_ALL,
+    SIDA_TKD_MSE_TOP
 } sida_tkd;
+enum { SIDA_TKD_KINDS = SIDA_TKD_MSE_TOP + 1 };
 
 /* A pair is a row and a layer. */
 typedef struct sida_loss_cuda_call {
@@ -103,9 +115,13 @@ typedef struct sida_loss_cuda_call {
     const float *bias;        /* [layers, experts] added to every row of logits first, or NULL */
     const uint16_t *top_ids;  /* [tokens, layers, top] distinct, best first */
     const uint16_t *top_logp; /* [tokens, layers, top] fp16 bits: log of the softmax over all E */
-    const int32_t *source;    /* [rows] the row's token in the two above; NULL: the row itself */
+    /* What the cross-entropy is against; NULL: the first of top_ids. */
+    const uint16_t *labels;     /* [tokens, layers, label_count] distinct */
+    const float *label_weights; /* [tokens, layers, label_count] of sum 1 */
+    const int32_t *source;      /* [rows] the row's token in these lists; NULL: the row itself */
     int64_t rows;
     int32_t layers, experts, top; /* 1 <= top <= experts <= 65535 */
+    int32_t label_count;          /* where labels is not NULL: 1 … experts */
     sida_tkd tkd;
     float lambda, scale;
 } sida_loss_cuda_call;

@@ -23,6 +23,26 @@ static sida_status check_range(const char *name, int64_t value, int64_t low, int
                      high);
 }
 
+static const char *const attention_names[] = {"sparsemax", "softmax", "none"};
+enum { attention_count = sizeof attention_names / sizeof *attention_names };
+
+const char *sida_net_attention_name(sida_net_attention attention) {
+    return attention_names[attention];
+}
+
+bool sida_net_attention_from_name(sida_net_attention *out, const char *name) {
+    for (int i = 0; i < attention_count; i++) {
+        if (strcmp(name, attention_names[i]) != 0) continue;
+        *out = (sida_net_attention)i;
+        return true;
+    }
+    return false;
+}
+
+int sida_net_directions(const sida_net_config *config, int side) {
+    return config->bidirectional && side == 0 ? 2 : 1;
+}
+
 sida_status sida_net_config_check(const sida_net_config *config) {
     sida_status status = SIDA_OK;
     SIDA_TRY(check_range("d_model", config->d_model, 1, 65536));
@@ -33,6 +53,12 @@ sida_status sida_net_config_check(const sida_net_config *config) {
     SIDA_TRY(check_range("layers_encoder", config->layers[0], 0, 4096));
     SIDA_TRY(check_range("layers_decoder", config->layers[1], 0, 4096));
     SIDA_TRY(check_range("layers", (int64_t)config->layers[0] + config->layers[1], 1, 8192));
+    if (config->bidirectional && config->layers[0] == 0)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT,
+                  "bidirectional: there is no encoder with MoE layers, and a decoder is causal");
+    if (config->bidirectional && config->hidden % 2 != 0)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "hidden of %d: two directions want an even number",
+                  config->hidden);
 out:
     return status;
 }
@@ -75,14 +101,18 @@ static void lay_out(sida_net *net) {
         if (!trunk->present) continue;
         add_linear(net, &trunk->compress, side, "compress.weight", "compress.bias", h, c->d_model,
                    c->d_model);
-        for (int l = 0; l < c->lstm_layers; l++) {
-            char weight[32], bias[32];
-            snprintf(weight, sizeof weight, "lstm.weight_ih_l%d", l);
-            snprintf(bias, sizeof bias, "lstm.bias_ih_l%d", l);
-            add_linear(net, &trunk->input[l], side, weight, bias, 4 * h, h, h);
-            snprintf(weight, sizeof weight, "lstm.weight_hh_l%d", l);
-            snprintf(bias, sizeof bias, "lstm.bias_hh_l%d", l);
-            add_linear(net, &trunk->recurrent[l], side, weight, bias, 4 * h, h, h);
+        int directions = sida_net_directions(c, side);
+        int64_t units = h / directions;
+        for (int cell = 0; cell < directions * c->lstm_layers; cell++) {
+            char weight[40], bias[40];
+            int l = cell / directions;
+            const char *way = cell % directions ? "_reverse" : "";
+            snprintf(weight, sizeof weight, "lstm.weight_ih_l%d%s", l, way);
+            snprintf(bias, sizeof bias, "lstm.bias_ih_l%d%s", l, way);
+            add_linear(net, &trunk->input[cell], side, weight, bias, 4 * units, h, units);
+            snprintf(weight, sizeof weight, "lstm.weight_hh_l%d%s", l, way);
+            snprintf(bias, sizeof bias, "lstm.bias_hh_l%d%s", l, way);
+            add_linear(net, &trunk->recurrent[cell], side, weight, bias, 4 * units, units, units);
         }
         add_linear(net, &trunk->residual, side, "residual.weight", "residual.bias", h, h, h);
         add_linear(net, &trunk->heads, side, "heads.weight", "heads.bias",
@@ -150,6 +180,10 @@ json_t *sida_net_config_to_json(const sida_net_config *config) {
         memcpy(&value, (const char *)config + config_fields[i].offset, sizeof value);
         json_object_set_new(object, config_fields[i].key, json_integer(value));
     }
+    if (config->bidirectional) json_object_set_new(object, "bidirectional", json_true());
+    if (config->attention != SIDA_NET_SPARSEMAX)
+        json_object_set_new(object, "attention",
+                            json_string(sida_net_attention_name(config->attention)));
     return object;
 }
 
@@ -168,6 +202,18 @@ sida_status sida_net_config_from_json(sida_net_config *out, const json_t *object
         int32_t narrow = (int32_t)value;
         memcpy((char *)out + config_fields[i].offset, &narrow, sizeof narrow);
     }
+    const json_t *bidirectional = json_object_get(object, "bidirectional"),
+                 *attention = json_object_get(object, "attention");
+    if (bidirectional && !json_is_boolean(bidirectional))
+        return sida_fail(SIDA_ERROR_FORMAT, "%s: its config's net.bidirectional is no boolean",
+                         file);
+    out->bidirectional = json_is_true(bidirectional);
+    const char *name = attention ? json_string_value(attention) : "sparsemax";
+    if (!name || !sida_net_attention_from_name(&out->attention, name))
+        return sida_fail(
+            SIDA_ERROR_FORMAT,
+            "%s: its config's net.attention is '%.40s', not sparsemax, softmax or none", file,
+            name ? name : "(no text)");
     if (sida_net_config_check(out) != SIDA_OK)
         return sida_fail_context(SIDA_ERROR_FORMAT, "%s", file);
     return SIDA_OK;

@@ -3,7 +3,11 @@
  * Encoder: x = relu(compress(e)), h = LSTM(x), o = sparsemax attention of h over its own sequence
  * + residual(x), logits = heads(o). The decoder has a trunk of its own, causal, which also attends
  * with the same queries to the encoder's h. e is the token's input embedding. SiDA-MoE
- * (arXiv 2310.18859), section 3.4, for the encoder; the decoder is ours. */
+ * (arXiv 2310.18859), section 3.4, for the encoder; the decoder is ours.
+ *
+ * Options of ours: the encoder's LSTM in two directions, each of hidden / 2 units, whose outputs
+ * stand side by side, the forward one first, for what reads them; softmax in SparseMax's place; no
+ * attention, then o = h + residual(x). */
 #ifndef SIDA_RUNTIME_PREDICTOR_NET_H
 #define SIDA_RUNTIME_PREDICTOR_NET_H
 
@@ -16,16 +20,32 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-enum { SIDA_NET_LSTM_MAX = 4 };
+/* Cells: layer l's only direction is cell l; with two directions they are 2 l, forward, and
+ * 2 l + 1. */
+enum { SIDA_NET_LSTM_MAX = 4, SIDA_NET_CELLS_MAX = 2 * SIDA_NET_LSTM_MAX };
+
+typedef enum sida_net_attention {
+    SIDA_NET_SPARSEMAX, /* the paper's */
+    SIDA_NET_SOFTMAX,
+    SIDA_NET_NO_ATTENTION
+} sida_net_attention;
+const char *sida_net_attention_name(sida_net_attention attention); /* sparsemax, softmax, none */
+bool sida_net_attention_from_name(sida_net_attention *out, const char *name);
 
 typedef struct sida_net_config {
     int32_t d_model, hidden, lstm_layers, experts, vocabulary;
     int32_t layers[2]; /* MoE layers of encoder and decoder; 0: no trunk for that side */
+    sida_net_attention attention;
+    bool bidirectional; /* the encoder's LSTM; hidden is even then */
 } sida_net_config;
+
+/* Directions of a side's LSTM: the decoder has one, as it is causal. */
+int sida_net_directions(const sida_net_config *config, int side);
 
 /* The paper's 768 to 256, for any width: d_model / 3 rounded up to a multiple of 64. */
 int32_t sida_net_default_hidden(int32_t d_model);
-/* ARGUMENT, naming the value, for sizes that no real predictor has. */
+/* ARGUMENT, naming the value, for sizes that no real predictor has and for two directions of an odd
+ * width or of no encoder. */
 sida_status sida_net_config_check(const sida_net_config *config);
 
 /* A named view of the flat buffer, PyTorch's names and shapes: encoder.compress.weight,
@@ -45,11 +65,12 @@ typedef struct sida_net_linear {
 
 typedef struct sida_net_trunk {
     bool present;
-    sida_net_linear compress;                     /* d_model -> hidden */
-    sida_net_linear input[SIDA_NET_LSTM_MAX];     /* weight_ih, bias_ih: hidden -> 4 hidden */
-    sida_net_linear recurrent[SIDA_NET_LSTM_MAX]; /* weight_hh, bias_hh */
-    sida_net_linear residual;                     /* hidden -> hidden */
-    sida_net_linear heads;                        /* hidden -> layers * experts */
+    sida_net_linear compress; /* d_model -> hidden */
+    /* By cell, of U units: hidden, or half of it. */
+    sida_net_linear input[SIDA_NET_CELLS_MAX];     /* weight_ih, bias_ih: hidden -> 4 U */
+    sida_net_linear recurrent[SIDA_NET_CELLS_MAX]; /* weight_hh, bias_hh: U -> 4 U */
+    sida_net_linear residual;                      /* hidden -> hidden */
+    sida_net_linear heads;                         /* hidden -> layers * experts */
 } sida_net_trunk;
 
 typedef struct sida_net {
@@ -70,7 +91,8 @@ sida_weight sida_net_weight(const sida_net_linear *layer);
 /* FORMAT for an id that is no row of the embedding. */
 sida_status sida_net_check_ids(sida_weight embedding, const sida_ragged *input);
 
-/* The configuration as a JSON object and back: FORMAT when it is incomplete or absurd. */
+/* The configuration as a JSON object and back: FORMAT when it is incomplete or absurd. Options that
+ * are the paper's (one direction, SparseMax) are left out. */
 json_t *sida_net_config_to_json(const sida_net_config *config);
 sida_status sida_net_config_from_json(sida_net_config *out, const json_t *object, const char *file);
 /* /tensors/NAME. Reading checks every shape before memory is taken, and that values are finite. */
@@ -80,7 +102,8 @@ sida_status sida_net_read(sida_net **out, sida_h5_file *file, const sida_net_con
 /* --- the forward pass */
 
 /* What the last call left of one side; n tokens. Layer l of the LSTM reads input(l): compressed, or
- * the layer below. */
+ * the layer below. Gates and cells are by direction: [directions, n, 4 U] and [directions, n, U].
+ */
 typedef struct sida_net_activations {
     int64_t tokens;
     int64_t *offsets;  /* [sequences + 1] */
@@ -89,7 +112,7 @@ typedef struct sida_net_activations {
     float *gates[SIDA_NET_LSTM_MAX], *cells[SIDA_NET_LSTM_MAX], *out[SIDA_NET_LSTM_MAX];
     float *mixed;  /* [n, hidden] what the heads read */
     float *logits; /* [n, layers * experts] */
-    /* Ready to be given to the backward op; without tokens: no sequences. */
+    /* Ready to be given to the backward op; without tokens or attention: no sequences. */
     sida_sparsemax_attention_call self, cross;
     void *storage[4]; /* behind the pointers above, kept between calls */
     size_t storage_items[4];

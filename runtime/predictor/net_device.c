@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGNMENT = 256, LINEARS_MAX = 3 + 2 * SIDA_NET_LSTM_MAX };
+enum { ALIGNMENT = 256, LINEARS_MAX = 3 + 2 * SIDA_NET_CELLS_MAX };
 
 /* --- memory, laid out as it is taken; base NULL only counts */
 
@@ -62,7 +62,7 @@ static void lay_lane(sida_net_lane *lane, layout *at, const sida_net_device *dev
     lane->compressed = floats(at, rows, h);
     lane->mixed = floats(at, rows, h);
     /* The encoder's go to the state where the decoder attends to them. */
-    bool kept = c->layers[0] > 0 && c->layers[1] > 0;
+    bool kept = c->layers[0] > 0 && c->layers[1] > 0 && sida_net_device_attends(device);
     lane->out = floats(at, kept ? device->limits.step_tokens : rows, h);
     lane->workspace = floats(at, device->limits.sequences, 5 * h);
 }
@@ -72,21 +72,23 @@ static void lay_states(layout *at, sida_net_device *device) {
     const sida_net_config *c = &device->config;
     int64_t h = c->hidden;
     bool encoder = c->layers[0] > 0, decoder = c->layers[1] > 0;
+    bool attends = sida_net_device_attends(device);
     for (int32_t i = 0; decoder && i < l->states; i++) {
         sida_net_device_state *state = &device->states[i];
-        if (encoder) state->trunk = floats(at, l->input_tokens, h);
+        if (encoder && attends) state->trunk = floats(at, l->input_tokens, h);
         state->carry = floats(at, 2 * (int64_t)c->lstm_layers * l->sequences, h);
-        state->memory = floats(at, (int64_t)l->sequences * l->decoder_positions, h);
+        if (attends) state->memory = floats(at, (int64_t)l->sequences * l->decoder_positions, h);
     }
 }
 
 /* Returns how many there are. */
-static int linears_of(sida_net_linear *out[LINEARS_MAX], sida_net_trunk *trunk, int layers) {
-    int count = 0;
+static int linears_of(sida_net_linear *out[LINEARS_MAX], sida_net_trunk *trunk,
+                      const sida_net_config *config, int side) {
+    int count = 0, cells = config->lstm_layers * sida_net_directions(config, side);
     out[count++] = &trunk->compress;
-    for (int l = 0; l < layers; l++) {
-        out[count++] = &trunk->input[l];
-        out[count++] = &trunk->recurrent[l];
+    for (int cell = 0; cell < cells; cell++) {
+        out[count++] = &trunk->input[cell];
+        out[count++] = &trunk->recurrent[cell];
     }
     out[count++] = &trunk->residual;
     out[count++] = &trunk->heads;
@@ -97,7 +99,7 @@ static void lay_parameters(layout *at, sida_net_device *device) {
     for (int side = 0; side < 2; side++) {
         sida_net_linear *all[LINEARS_MAX];
         if (!device->trunks[side].present) continue;
-        int count = linears_of(all, &device->trunks[side], device->config.lstm_layers);
+        int count = linears_of(all, &device->trunks[side], &device->config, side);
         for (int i = 0; i < count; i++) {
             all[i]->weight = floats(at, all[i]->rows, all[i]->cols);
             all[i]->bias = floats(at, all[i]->rows, 1);
@@ -151,8 +153,8 @@ static sida_status copy_parameters(sida_net_device *device, const sida_net *net)
         sida_net_linear *to[LINEARS_MAX], *from[LINEARS_MAX];
         sida_net_trunk source = net->trunks[side];
         if (!source.present) continue;
-        int count = linears_of(to, &device->trunks[side], device->config.lstm_layers);
-        linears_of(from, &source, device->config.lstm_layers);
+        int count = linears_of(to, &device->trunks[side], &device->config, side);
+        linears_of(from, &source, &device->config, side);
         for (int i = 0; i < count; i++) {
             size_t row = (size_t)to[i]->rows * sizeof(float);
             SIDA_TRY(sida_copy(stream, to[i]->weight, from[i]->weight, row * (size_t)to[i]->cols));

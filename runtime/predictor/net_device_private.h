@@ -48,7 +48,7 @@ struct sida_net_device_state {
     int32_t sequences;
     float *trunk;  /* [input tokens, hidden]; NULL where nobody attends to it */
     float *carry;  /* [LSTM layers][2][sequences, hidden] h and c of the batch's sequences */
-    float *memory; /* [sequences, positions, hidden] the decoder's outputs so far */
+    float *memory; /* [sequences, positions, hidden] the decoder's outputs so far; as trunk */
     /* The host's. */
     int64_t *offsets;  /* [sequences + 1] the encoder's */
     int32_t *position; /* [sequences] the decoder's tokens so far */
@@ -69,5 +69,9 @@ struct sida_net_device {
     int64_t *offsets; /* behind the states' pointers */
     int32_t *positions;
 };
+
+static inline bool sida_net_device_attends(const sida_net_device *device) {
+    return device->config.attention != SIDA_NET_NO_ATTENTION;
+}
 
 #endif

@@ -69,35 +69,47 @@ static sida_status apply(const net_call *q, float *y, const float *x, int64_t n,
                                                       .epilogue = epilogue});
 }
 
-/* The LSTM's layers over what was compressed; all write where the last one's outputs belong. */
+/* The LSTM's layers over what was compressed; all write where the last one's outputs belong, so all
+ * directions of a layer have read the one below before the first of them writes. */
 static sida_status run_lstm(const net_call *q) {
     sida_status status = SIDA_OK;
     const sida_net_config *c = &q->device->config;
     const sida_net_trunk *trunk = &q->device->trunks[q->side];
     const sida_net_lane *lane = q->lane;
-    int64_t carried = (int64_t)q->sequences * c->hidden;
+    int directions = sida_net_directions(c, q->side);
+    int32_t units = c->hidden / directions;
+    int64_t carried = (int64_t)q->sequences * c->hidden, rows = q->tokens;
     for (int l = 0; l < c->lstm_layers; l++) {
         float *carry = q->side == 1 ? q->state->carry + 2 * l * carried : NULL;
-        SIDA_TRY(apply(q, lane->wide, l == 0 ? lane->compressed : q->top, q->tokens,
-                       &trunk->input[l], SIDA_EPILOGUE_NONE));
-        SIDA_TRY(q->device->ops->lstm(
-            lane->stream, &(sida_lstm_call){.out = q->top,
-                                            .gates = lane->wide,
-                                            .cells = lane->mixed,
-                                            .recurrent = sida_net_weight(&trunk->recurrent[l]),
-                                            .bias = trunk->recurrent[l].bias,
-                                            .sequences = q->sequences,
-                                            .hidden = c->hidden,
-                                            .offsets = q->index.offsets,
-                                            .state_h = carry,
-                                            .state_c = carry ? carry + carried : NULL,
-                                            .workspace = lane->workspace}));
+        for (int way = 0; way < directions; way++)
+            SIDA_TRY(apply(q, lane->wide + way * rows * 4 * units,
+                           l == 0 ? lane->compressed : q->top, rows,
+                           &trunk->input[l * directions + way], SIDA_EPILOGUE_NONE));
+        sida_lstm_call calls[2];
+        for (int way = 0; way < directions; way++) {
+            const sida_net_linear *recurrent = &trunk->recurrent[l * directions + way];
+            calls[way] = (sida_lstm_call){.out = q->top + (int64_t)way * units,
+                                          .ldo = c->hidden,
+                                          .gates = lane->wide + way * rows * 4 * units,
+                                          .cells = lane->mixed + way * rows * units,
+                                          .recurrent = sida_net_weight(recurrent),
+                                          .bias = recurrent->bias,
+                                          .sequences = q->sequences,
+                                          .hidden = units,
+                                          .offsets = q->index.offsets,
+                                          .reverse = way == 1,
+                                          .state_h = carry,
+                                          .state_c = carry ? carry + carried : NULL,
+                                          .workspace = lane->workspace};
+        }
+        if (directions == 2) calls[0].beside = &calls[1];
+        SIDA_TRY(q->device->ops->lstm(lane->stream, &calls[0]));
     }
 out:
     return status;
 }
 
-/* Everything below the attention. */
+/* Everything below the attention; without one, all that the heads read. */
 static sida_status run_trunk(const net_call *q) {
     sida_status status = SIDA_OK;
     const sida_net_device *device = q->device;
@@ -111,14 +123,19 @@ static sida_status run_trunk(const net_call *q) {
                        &trunk->compress, SIDA_EPILOGUE_RELU));
     }
     SIDA_TRY(run_lstm(q));
-    SIDA_TRY(
-        apply(q, lane->mixed, lane->compressed, q->tokens, &trunk->residual, SIDA_EPILOGUE_NONE));
+    bool attends = sida_net_device_attends(device);
+    if (!attends)
+        SIDA_TRY(sida_copy(lane->stream, lane->mixed, q->top,
+                           (size_t)(q->tokens * device->config.hidden) * sizeof(float)));
+    SIDA_TRY(apply(q, lane->mixed, lane->compressed, q->tokens, &trunk->residual,
+                   attends ? SIDA_EPILOGUE_NONE : SIDA_EPILOGUE_ADD));
 out:
     return status;
 }
 
 static sida_status attend(const net_call *q, const float *memory, const int64_t *start,
                           const int32_t *count, const int32_t *position) {
+    bool softmax = q->device->config.attention == SIDA_NET_SOFTMAX;
     return q->device->ops->sparsemax_attention(
         q->lane->stream, &(sida_sparsemax_attention_call){.out = q->lane->mixed,
                                                           .queries = q->top,
@@ -131,6 +148,7 @@ static sida_status attend(const net_call *q, const float *memory, const int64_t 
                                                           .k_count = count,
                                                           .q_position = position,
                                                           .causal = position != NULL,
+                                                          .softmax = softmax,
                                                           .rows = q->tokens});
 }
 
@@ -223,7 +241,8 @@ static sida_status encode(sida_net_device_state *state, const sida_ragged *input
     SIDA_TRY(
         sida_upload(q.lane->stream, q.lane->index, q.lane->host, q.lane->host_index, q.host.bytes));
     SIDA_TRY(run_trunk(&q));
-    SIDA_TRY(attend(&q, q.top, q.index.offsets, q.index.counts, NULL));
+    if (sida_net_device_attends(device))
+        SIDA_TRY(attend(&q, q.top, q.index.offsets, q.index.counts, NULL));
     SIDA_TRY(choose(&q));
     SIDA_TRY(read_table(&q, out));
 out:
@@ -266,31 +285,41 @@ static sida_status fill_positions(const net_call *q) {
     return SIDA_OK;
 }
 
+/* The decoder's memory grows, and its queries look at it and at the encoder. */
+static sida_status attend_to_both(const net_call *q) {
+    sida_status status = SIDA_OK;
+    const sida_net_device_state *state = q->state;
+    const sida_net_index *at = &q->index;
+    /* Keys and values are the same vectors, at the same place. */
+    SIDA_TRY(q->device->ops->append(q->lane->stream,
+                                    &(sida_append_call){.k_cache = state->memory,
+                                                        .v_cache = state->memory,
+                                                        .k = q->top,
+                                                        .v = q->top,
+                                                        .width = q->device->config.hidden,
+                                                        .ld = q->device->config.hidden,
+                                                        .sequences = q->sequences,
+                                                        .rows = q->tokens,
+                                                        .q_start = at->offsets,
+                                                        .start = at->memory_start,
+                                                        .q_count = at->counts,
+                                                        .position = at->positions}));
+    SIDA_TRY(attend(q, state->memory, at->memory_start, at->memory_count, at->positions));
+    if (state->trunk) SIDA_TRY(attend(q, state->trunk, at->trunk_start, at->trunk_count, NULL));
+out:
+    return status;
+}
+
 static sida_status decode(sida_net_device_state *state, int which, const sida_ragged *step,
                           int32_t k, sida_hash_table *out) {
     sida_status status = SIDA_OK;
     sida_net_device *device = state->device;
     net_call q = begin(state, which, 1, step, k);
-    const sida_net_index *at = &q.index;
     SIDA_TRY(fill_positions(&q));
     SIDA_TRY(
         sida_upload(q.lane->stream, q.lane->index, q.lane->host, q.lane->host_index, q.host.bytes));
     SIDA_TRY(run_trunk(&q));
-    /* Keys and values are the same vectors, at the same place. */
-    SIDA_TRY(device->ops->append(q.lane->stream, &(sida_append_call){.k_cache = state->memory,
-                                                                     .v_cache = state->memory,
-                                                                     .k = q.top,
-                                                                     .v = q.top,
-                                                                     .width = device->config.hidden,
-                                                                     .ld = device->config.hidden,
-                                                                     .sequences = q.sequences,
-                                                                     .rows = q.tokens,
-                                                                     .q_start = at->offsets,
-                                                                     .start = at->memory_start,
-                                                                     .q_count = at->counts,
-                                                                     .position = at->positions}));
-    SIDA_TRY(attend(&q, state->memory, at->memory_start, at->memory_count, at->positions));
-    if (state->trunk) SIDA_TRY(attend(&q, state->trunk, at->trunk_start, at->trunk_count, NULL));
+    if (sida_net_device_attends(device)) SIDA_TRY(attend_to_both(&q));
     SIDA_TRY(choose(&q));
     SIDA_TRY(read_table(&q, out));
     for (int32_t s = 0; s < q.sequences; s++) state->position[s] = q.host.memory_count[s];

@@ -102,6 +102,10 @@ sida_status sida_net_check_ids(sida_weight embedding, const sida_ragged *input) 
     return SIDA_OK;
 }
 
+static bool attends(const sida_net_pass *pass) {
+    return pass->net->config.attention != SIDA_NET_NO_ATTENTION;
+}
+
 static sida_status apply(const sida_net_pass *pass, float *y, const float *x, int64_t n,
                          const sida_net_linear *layer, sida_epilogue epilogue) {
     sida_linear_fn *linear = pass->training ? sida_linear_gemm_cpu : sida_linear_cpu;
@@ -116,7 +120,41 @@ static sida_status apply(const sida_net_pass *pass, float *y, const float *x, in
                                             .epilogue = epilogue});
 }
 
-/* Everything below the attention. */
+/* The LSTM's layers over what was compressed. */
+static sida_status run_lstm(sida_net_pass *pass, int side, int64_t n) {
+    sida_status status = SIDA_OK;
+    const sida_net_trunk *trunk = &pass->net->trunks[side];
+    const sida_net_config *c = &pass->net->config;
+    sida_net_activations *a = &pass->sides[side];
+    int directions = sida_net_directions(c, side);
+    int32_t units = c->hidden / directions;
+    for (int cell = 0; cell < directions * c->lstm_layers; cell++) {
+        int l = cell / directions, way = cell % directions;
+        const sida_net_linear *recurrent = &trunk->recurrent[cell];
+        float *gates = a->gates[l] + way * n * 4 * units;
+        SIDA_TRY(apply(pass, gates, l == 0 ? a->compressed : a->out[l - 1], n, &trunk->input[cell],
+                       SIDA_EPILOGUE_NONE));
+        SIDA_TRY(sida_lstm_cpu(
+            NULL, &(sida_lstm_call){.out = a->out[l] + (int64_t)way * units,
+                                    .ldo = c->hidden,
+                                    .gates = gates,
+                                    .cells = a->cells[l] + way * n * units,
+                                    .recurrent = sida_net_weight(recurrent),
+                                    .bias = recurrent->bias,
+                                    .sequences = pass->sequences,
+                                    .hidden = units,
+                                    .offsets = a->offsets,
+                                    .reverse = way == 1,
+                                    .state_h = side == 1 ? pass->state_h[l] : NULL,
+                                    .state_c = side == 1 ? pass->state_c[l] : NULL,
+                                    .workspace = a->storage[STORE_FLOATS],
+                                    .linear = pass->training ? sida_linear_gemm_cpu : NULL}));
+    }
+out:
+    return status;
+}
+
+/* Everything below the attention; without one, all that the heads read. */
 static sida_status run_trunk(sida_net_pass *pass, int side, sida_weight embedding,
                              const sida_ragged *input) {
     sida_status status = SIDA_OK;
@@ -131,24 +169,13 @@ static sida_status run_trunk(sida_net_pass *pass, int side, sida_weight embeddin
     memcpy(a->offsets, input->offsets, ((size_t)pass->sequences + 1) * sizeof *a->offsets);
     SIDA_TRY(sida_embedding_cpu(NULL, a->embedded, embedding, input->ids, n));
     SIDA_TRY(apply(pass, a->compressed, a->embedded, n, &trunk->compress, SIDA_EPILOGUE_RELU));
-    for (int l = 0; l < c->lstm_layers; l++) {
-        const float *below = l == 0 ? a->compressed : a->out[l - 1];
-        SIDA_TRY(apply(pass, a->gates[l], below, n, &trunk->input[l], SIDA_EPILOGUE_NONE));
-        SIDA_TRY(sida_lstm_cpu(
-            NULL, &(sida_lstm_call){.out = a->out[l],
-                                    .gates = a->gates[l],
-                                    .cells = a->cells[l],
-                                    .recurrent = sida_net_weight(&trunk->recurrent[l]),
-                                    .bias = trunk->recurrent[l].bias,
-                                    .sequences = pass->sequences,
-                                    .hidden = c->hidden,
-                                    .offsets = a->offsets,
-                                    .state_h = side == 1 ? pass->state_h[l] : NULL,
-                                    .state_c = side == 1 ? pass->state_c[l] : NULL,
-                                    .workspace = a->storage[STORE_FLOATS],
-                                    .linear = pass->training ? sida_linear_gemm_cpu : NULL}));
+    SIDA_TRY(run_lstm(pass, side, n));
+    if (attends(pass)) {
+        SIDA_TRY(apply(pass, a->mixed, a->compressed, n, &trunk->residual, SIDA_EPILOGUE_NONE));
+        goto out;
     }
-    SIDA_TRY(apply(pass, a->mixed, a->compressed, n, &trunk->residual, SIDA_EPILOGUE_NONE));
+    memcpy(a->mixed, a->out[c->lstm_layers - 1], (size_t)(n * c->hidden) * sizeof(float));
+    SIDA_TRY(apply(pass, a->mixed, a->compressed, n, &trunk->residual, SIDA_EPILOGUE_ADD));
 out:
     return status;
 }
@@ -173,6 +200,7 @@ static sida_sparsemax_attention_call attention(sida_net_pass *pass, int side, in
         .q_position = ints + s,
         .k_count = ints + (2 + which) * (int64_t)s,
         .causal = side == 1 && which == 0,
+        .softmax = pass->net->config.attention == SIDA_NET_SOFTMAX,
     };
 }
 
@@ -199,7 +227,7 @@ static sida_status finish(sida_net_pass *pass, int side) {
     sida_status status = SIDA_OK;
     sida_net_activations *a = &pass->sides[side];
     if (pass->training) SIDA_TRY(keep_probabilities(pass, side));
-    SIDA_TRY(sida_sparsemax_attention_cpu(NULL, &a->self));
+    if (a->self.sequences > 0) SIDA_TRY(sida_sparsemax_attention_cpu(NULL, &a->self));
     if (a->cross.sequences > 0) SIDA_TRY(sida_sparsemax_attention_cpu(NULL, &a->cross));
     SIDA_TRY(apply(pass, a->logits, a->mixed, a->tokens, &pass->net->trunks[side].heads,
                    SIDA_EPILOGUE_NONE));
@@ -245,7 +273,7 @@ sida_status sida_net_encode(sida_net_pass *pass, sida_weight embedding, const si
     if (pass->net->trunks[1].present) SIDA_TRY(reset_state(pass));
     if (!pass->net->trunks[0].present) goto out;
     SIDA_TRY(run_trunk(pass, 0, embedding, input));
-    a->self = attention(pass, 0, 0, a->out[pass->net->config.lstm_layers - 1]);
+    if (attends(pass)) a->self = attention(pass, 0, 0, a->out[pass->net->config.lstm_layers - 1]);
     int32_t *counts = a->storage[STORE_INTS], *keys = counts + 2 * (int64_t)pass->sequences;
     int64_t *k_start = a->offsets + pass->sequences + 1;
     for (int32_t s = 0; s < pass->sequences; s++) {
@@ -296,6 +324,11 @@ sida_status sida_net_decode(sida_net_pass *pass, sida_weight embedding, const si
     int64_t h = net->config.hidden;
     int last = net->config.lstm_layers - 1;
     assert(net->trunks[1].present && step->sequences == pass->sequences);
+    if (!attends(pass)) {
+        SIDA_TRY(run_trunk(pass, 1, embedding, step));
+        status = finish(pass, 1);
+        goto out;
+    }
     SIDA_TRY(grow_memory(pass, step));
     SIDA_TRY(run_trunk(pass, 1, embedding, step));
     a->self = attention(pass, 1, 0, pass->memory);

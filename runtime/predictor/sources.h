@@ -105,6 +105,14 @@ sida_status sida_router_source_create(sida_hash_source **out, const sida_source_
                                       sida_weight embedding, sida_fingerprint model,
                                       sida_fingerprint tokenizer);
 
+/* --- random: what another source predicts, with the experts' names drawn anew for each sequence and
+ * layer (the same for all its tokens)
+ *
+ * A baseline for what predictions are worth: as many distinct experts of every layer, with the same
+ * factors, and none of it from the input. Takes `inner` over, in an error too. */
+sida_status sida_random_source_create(sida_hash_source **out, sida_hash_source *inner,
+                                      uint64_t seed);
+
 /* --- for the sources themselves */
 
 /* MISMATCH, naming both fingerprints. */

@@ -127,6 +127,23 @@ cases=$((cases + 1))
 "$sida" tokenize --model "$sample" --input "$reviews" >/dev/full 2>"$work/stderr" && problem 'full stdout: exit 0'
 grep -q '^sida: standard output: ' "$work/stderr" || problem "full stdout: $(cat "$work/stderr")"
 
+# --- options of the training
+train_option() { # train_option NAME PATTERN OPTION...
+    name=$1 pattern=$2
+    shift 2
+    refuses "$name" 2 "$pattern" "$sida" train --trace "$work/t.h5" --valid "$work/t.h5" --output "$out" "$@"
+}
+train_option 'unknown distance' "tkd 'l2': expected rest .*l1-renorm.*mse-all" --tkd l2
+train_option 'a distance over nothing' "tkd 'kl': expected rest .*kl-top" --tkd kl
+train_option 'unknown labels' "labels 'none': expected even, weight or best" --labels none
+train_option 'negative patience' "patience '-1'" --patience -1
+train_option 'patience is a word' "patience 'long'" --patience long
+train_option 'unknown attention' "attention 'hardmax': expected sparsemax, softmax or none" --attention hardmax
+train_option 'too many layers' "lstm-layers '5'" --lstm-layers 5
+train_option 'no layers' "lstm-layers '0'" --lstm-layers 0
+refuses 'directions of a table' 2 'bidirectional: nothing is trained by steps' "$sida" train --trace "$work/t.h5" --source table --output "$out" --bidirectional
+refuses 'patience of a table' 2 'patience: nothing is trained by steps' "$sida" train --trace "$work/t.h5" --source table --output "$out" --patience 3
+
 # --- traces and predictors
 accepts 'a trace' "$sida" trace --model "$sample" --format sst2 --input "$reviews" --limit 60 --output "$work/good.h5"
 accepts 'a predictor' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --epochs 1 --output "$work/p.h5"
@@ -145,6 +162,7 @@ tail -c +513 "$work/good.h5" | head -c 9000 >"$work/bad.h5"; train 'a damaged fo
 refuses 'a predictor for a trace' 1 'p.h5: ' "$sida" train --trace "$work/p.h5" --valid "$work/good.h5" --output "$out"
 refuses 'no trace' 1 'none.h5: No such file' "$sida" train --trace "$work/none.h5" --valid "$work/good.h5" --output "$out"
 refuses 'a larger T than the trace has' 1 'good.h5.*top|top.*good.h5|--top' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --top 5000 --output "$out"
+refuses 'half of an odd width' 1 'hidden of 63: two directions' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --bidirectional --hidden 63 --output "$out"
 refuses 'full disk while training' 1 'out.h5.*(large|space|write)' sh -c "ulimit -f 16; exec $sida train --trace $work/good.h5 --valid $work/good.h5 --epochs 1 --output $out"
 head -c 30000 /bin/sh >"$work/bad.h5"
 refuses 'a program for a predictor' 1 'bad.h5: ' "$sida" eval --trace "$work/good.h5" --predictor "$work/bad.h5"

@@ -108,6 +108,12 @@ damage set decoder/alpha 17 2 -0.5
 told 'decoder/alpha: token 2, MoE layer 0: below 0 (and 1 more)'
 damage set decoder/dropped 5 1 2
 told 'decoder/dropped: token 2, MoE layer 1: a flag that is neither 0 nor 1'
+damage remake decoder/content u8 600 0 0
+accepts 'check of flags of content' "$sida" inspect --check "$bad"
+damage remake decoder/content u8 599 0 0
+told 'dataset decoder/content has extent 599 on axis 0, but the number of tokens is 600'
+damage remake decoder/content u8 600 0 0 set decoder/content 9 2 2
+told 'decoder/content: token 9: a flag that is neither 0 nor 1 (and 1 more)'
 damage set decoder/top_logp 20 1 nan
 told 'decoder/top_logp: token 1, MoE layer 1: not finite'
 damage set decoder/top_logp 12 1 1.5

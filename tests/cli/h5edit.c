@@ -4,7 +4,8 @@
  *   set PATH INDEX COUNT VALUE    values of the flattened dataset, from INDEX on; "nan" is a value
  *   copy PATH FROM TO             one value
  *   rows PATH ROWS                a new first extent
- *   remake PATH TYPE ROWS A B     zeros of a type (i64, u8, u16, f16, f32) and shape; 0: no axis
+ *   remake PATH TYPE ROWS A B     zeros of a type (i64, u8, u16, f16, f32) and shape; 0: no axis.
+ *                                 The dataset may be new.
  *   delete PATH                   a dataset
  *   number NAME VALUE             an attribute of the root
  *   text NAME VALUE
@@ -67,7 +68,8 @@ static void remake(hid_t file, char **args) {
     int rank = 0;
     for (; rank < 3 && (rank == 0 || atoi(args[2 + rank]) > 0); rank++)
         shape[rank] = strtoull(args[2 + rank], NULL, 10);
-    good(H5Ldelete(file, args[0], H5P_DEFAULT), args[0]);
+    if (H5Lexists(file, args[0], H5P_DEFAULT) > 0)
+        good(H5Ldelete(file, args[0], H5P_DEFAULT), args[0]);
     hid_t space = H5Screate_simple(rank, shape, NULL);
     hid_t dataset = good(H5Dcreate2(file, args[0], type_named(args[1]), space, H5P_DEFAULT,
                                     H5P_DEFAULT, H5P_DEFAULT),

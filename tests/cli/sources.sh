@@ -31,6 +31,27 @@ for source in lstm table bigram popular layer-hash; do
     accepts "inspect $source" "$sida" inspect --json "$work/$source.h5"
     is "inspect's source" "$(value source)" $source
 done
+# The network's options: the file says which, and everything that reads it follows.
+network() { # network FILE OPTION...
+    file=$1
+    shift
+    accepts "train $*" "$sida" train --trace "$work/train.h5" --valid "$work/test.h5" --epochs 1 \
+        --output "$work/$file" "$@"
+    accepts "eval of $*" "$sida" eval --trace "$work/test.h5" --predictor "$work/$file" --json
+    accepts "export of $*" "$sida" export --predictor "$work/$file" --output "$work/$file.safetensors"
+    run --predictor "$work/$file"
+    is "digest with $*" "$(value digest)" "$digest"
+    accepts "inspect $*" "$sida" inspect --json "$work/$file"
+}
+network both.h5 --bidirectional --attention softmax --lstm-layers 1
+is 'attention' "$(value attention)" softmax
+grep -q '"bidirectional": true' "$work/stdout" || problem 'inspect knows of no two directions'
+grep -q 'encoder.lstm.weight_hh_l0_reverse' "$work/both.h5.safetensors" || problem 'no other direction in the export'
+network none.h5 --attention none
+is 'attention' "$(value attention)" none
+accepts 'inspect the paper'"'"'s' "$sida" inspect --json "$work/lstm.h5"
+grep -q 'bidirectional\|attention' "$work/stdout" && problem 'the paper'"'"'s network names options'
+
 accepts 'train layer-hash, random' "$sida" train --trace "$work/train.h5" --output "$work/random.h5" \
     --source layer-hash --hash random --seed 3 --valid "$work/test.h5" --json
 is "summary's source" "$(value source)" layer-hash

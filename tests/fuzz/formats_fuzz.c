@@ -213,6 +213,7 @@ static void test_corpora(void **state) {
         [SIDA_CORPUS_MULTIRC] =
             ("{\"passage\":{\"text\":\"P\",\"questions\":[{\"question\":\"Q\",\"answers\":["
              "{\"text\":\"A\",\"label\":1},{\"text\":\"B\",\"label\":0}]}]}}\n"),
+        [SIDA_CORPUS_SPANS] = "one line\nanother \xc3\xa9\nlast",
     };
     for (size_t i = 0; i < sizeof seeds / sizeof *seeds; i++) {
         blob seed = blob_of(seeds[i], strlen(seeds[i]));
@@ -242,14 +243,15 @@ static void make_trace(const char *path) {
                             .top = 2,
                             .d_model = 2,
                             .vocabulary = 10,
-                            .layers = {1, 1}};
+                            .layers = {1, 1},
+                            .has_content = true};
     sida_trace_writer *writer;
     int32_t tokens[3] = {1, 2, 3};
     uint16_t experts[3] = {0, 1, 2}, top_ids[6] = {0, 1, 1, 2, 2, 3};
     uint16_t logp[6] = {0xbc00, 0xbc00, 0xbc00, 0xbc00, 0xbc00, 0xbc00}; /* -1 */
     float alpha[3] = {0.5f, 0.5f, 0.5f}, embedding[6] = {0};
-    uint8_t dropped[3] = {0};
-    const sida_trace_rows rows = {tokens, experts, alpha, dropped, top_ids, logp};
+    uint8_t dropped[3] = {0}, content[3] = {0, 1, 1};
+    const sida_trace_rows rows = {tokens, content, experts, alpha, dropped, top_ids, logp};
     assert_ok(sida_trace_create(&writer, path, SIDA_H5_TRACE, &info));
     for (int side = 0; side < 2; side++)
         assert_ok(sida_trace_append_side(writer, side, 2, (const int64_t[]){1, 2}, &rows));

@@ -18,7 +18,7 @@ static sida_rng rng;
 
 /* --- memory of one case */
 
-enum { MOST_BUFFERS = 64 };
+enum { MOST_BUFFERS = 128 };
 static sida_buffer *buffers[MOST_BUFFERS];
 static float *blocks[MOST_BUFFERS];
 static int buffer_count, block_count;

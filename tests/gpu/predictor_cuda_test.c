@@ -154,6 +154,27 @@ static void test_odd(void **state) {
     compare(&of, 3, 30, 3);
 }
 
+/* Two directions and the other attentions. */
+static void test_options(void **state) {
+    (void)state;
+    for (int attention = SIDA_NET_SPARSEMAX; attention <= SIDA_NET_NO_ATTENTION; attention++) {
+        sida_net_config of = config_of(768, 256, 128);
+        of.attention = (sida_net_attention)attention;
+        of.bidirectional = true;
+        compare(&of, 5, 60, 3);
+        of = config_of(50, 38, 10); /* 19 units a direction */
+        of.attention = (sida_net_attention)attention;
+        of.bidirectional = true;
+        compare(&of, 7, 23, 3);
+        of.layers[1] = 0;
+        compare(&of, 7, 23, 3);
+    }
+    sida_net_config of = config_of(960, 640, 64); /* wider than the recurrence keeps in registers */
+    of.bidirectional = true;
+    of.attention = SIDA_NET_SOFTMAX;
+    compare(&of, 3, 30, 3);
+}
+
 /* More tokens than the embeddings and scores that are in memory at once. */
 static void test_many(void **state) {
     (void)state;
@@ -315,9 +336,10 @@ static void test_engine(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_published),  cmocka_unit_test(test_odd),
-        cmocka_unit_test(test_many),       cmocka_unit_test(test_two_threads),
-        cmocka_unit_test(test_not_finite), cmocka_unit_test(test_engine),
+        cmocka_unit_test(test_published),   cmocka_unit_test(test_odd),
+        cmocka_unit_test(test_options),     cmocka_unit_test(test_many),
+        cmocka_unit_test(test_two_threads), cmocka_unit_test(test_not_finite),
+        cmocka_unit_test(test_engine),
     };
     sida_backend *backend = gpu_open();
     if (!backend) return test_skip(sida_last_message());

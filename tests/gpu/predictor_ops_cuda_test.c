@@ -13,6 +13,8 @@ enum { MOST = 24 };
 typedef struct lstm_case {
     int32_t hidden, sequences, lengths[MOST];
     bool shifted; /* weights that are not aligned */
+    /* From the last token to the first, into rows of outputs that are longer than need be. */
+    bool reverse;
 } lstm_case;
 
 /* Everything that a call writes, on the host. */
@@ -37,8 +39,13 @@ static void lstm_run(const lstm_device *device, lstm_result to, const float *gat
     sida_lstm_call call = device->call;
     const size_t row = (size_t)call.hidden * sizeof(float), rows = (size_t)offsets[sequences];
     const size_t states = (size_t)sequences * row;
+    const size_t out_items = rows * (size_t)(call.ldo ? call.ldo : call.hidden);
+    float *out = malloc((out_items + 1) * sizeof *out);
+    assert_non_null(out);
+    for (size_t i = 0; i < out_items; i++) out[i] = 7;
     call.sequences = sequences;
     call.offsets = device->offsets;
+    if (rows) OK(sida_copy(stream, call.out, out, out_items * sizeof *out));
     OK(sida_copy(stream, device->offsets, offsets, ((size_t)sequences + 1) * sizeof *offsets));
     if (rows) OK(sida_copy(stream, call.gates, gates, 4 * rows * row));
     if (state) {
@@ -49,7 +56,14 @@ static void lstm_run(const lstm_device *device, lstm_result to, const float *gat
     }
     OK(cuda()->lstm(stream, &call));
     if (rows) {
-        get(to.out, call.out, rows * row);
+        get(out, call.out, out_items * sizeof *out);
+        for (size_t i = 0; i < out_items; i++) {
+            const size_t width = out_items / rows, column = i % width;
+            if (column < (size_t)call.hidden)
+                to.out[i / width * (size_t)call.hidden + column] = out[i];
+            else
+                assert_true(out[i] == 7);
+        }
         get(to.gates, call.gates, 4 * rows * row);
         get(to.cells, call.cells, rows * row);
     }
@@ -58,6 +72,7 @@ static void lstm_run(const lstm_device *device, lstm_result to, const float *gat
         get(to.state_c, call.state_c, states);
     }
     OK(sida_stream_synchronize(stream));
+    free(out);
 }
 
 static void expect_rows(const lstm_result *got, int64_t from, const lstm_result *want, int64_t at,
@@ -81,7 +96,9 @@ static void check_lstm(lstm_case c) {
     float *state_h = normal(states, 0.5f), *state_c = normal(states, 1);
     memcpy(shifted + 1, weights, 4 * (size_t)h * row);
     lstm_device device = {
-        .call = {.out = room((size_t)n * row + 4),
+        .call = {.out = room((size_t)n * (row + 20) + 4),
+                 .ldo = c.reverse ? h + 5 : 0,
+                 .reverse = c.reverse,
                  .gates = room(4 * (size_t)n * row + 4),
                  .cells = room((size_t)n * row + 4),
                  .recurrent = {c.shifted ? put_floats(shifted, 4 * h * h + 1) + 1
@@ -112,11 +129,12 @@ static void check_lstm(lstm_case c) {
                                                  .sequences = c.sequences,
                                                  .hidden = c.hidden,
                                                  .offsets = offsets,
+                                                 .reverse = c.reverse,
                                                  .state_h = state ? want.state_h : NULL,
                                                  .state_c = state ? want.state_c : NULL,
                                                  .workspace = host(5 * states)}));
-        snprintf(what, sizeof what, "lstm of %d units, %d sequences, state %d", c.hidden,
-                 c.sequences, state);
+        snprintf(what, sizeof what, "lstm of %d units, %d sequences, reverse %d, state %d",
+                 c.hidden, c.sequences, c.reverse, state);
         expect_close(what, to->out, want.out, n * h, tight);
         expect_close(what, to->gates, want.gates, 4 * n * h, tight);
         expect_close(what, to->cells, want.cells, n * h, tight);
@@ -140,15 +158,15 @@ static void check_lstm(lstm_case c) {
     memcpy(one.state_h, state_h, (size_t)states * sizeof(float));
     memcpy(one.state_c, state_c, (size_t)states * sizeof(float));
     for (int64_t t = 0; t < longest; t++) {
-        int64_t at[MOST + 1] = {0};
+        int64_t at[MOST + 1] = {0}, taken[MOST];
         for (int s = 0; s < c.sequences; s++) {
+            taken[s] = c.reverse ? offsets[s + 1] - 1 - t : offsets[s] + t;
             at[s + 1] = at[s] + (t < c.lengths[s]);
-            if (t < c.lengths[s])
-                memcpy(step + 4 * at[s] * h, gates + 4 * (offsets[s] + t) * h, 4 * row);
+            if (t < c.lengths[s]) memcpy(step + 4 * at[s] * h, gates + 4 * taken[s] * h, 4 * row);
         }
         lstm_run(&device, one, step, at, c.sequences, true);
         for (int s = 0; s < c.sequences; s++)
-            if (t < c.lengths[s]) expect_rows(&one, at[s], &got[1], offsets[s] + t, 1, c.hidden);
+            if (t < c.lengths[s]) expect_rows(&one, at[s], &got[1], taken[s], 1, c.hidden);
     }
     assert_memory_equal(one.state_h, got[1].state_h, (size_t)states * sizeof(float));
     assert_memory_equal(one.state_c, got[1].state_c, (size_t)states * sizeof(float));
@@ -161,16 +179,16 @@ static void test_lstm(void **state) {
      * of four, of a warp's units, of a cluster's; all warps of a block and not all. */
     static const int32_t widths[] = {1, 3, 20, 30, 64, 130, 254, 256, 257, 320};
     for (int w = 0; w < 10; w++) {
-        check_lstm((lstm_case){widths[w], 1, {5}, false});
-        check_lstm((lstm_case){widths[w], 6, {3, 0, 1, 6, 0, 2}, false});
+        check_lstm((lstm_case){widths[w], 1, {5}, false, false});
+        check_lstm((lstm_case){widths[w], 6, {3, 0, 1, 6, 0, 2}, false, false});
     }
-    check_lstm((lstm_case){64, 3, {4, 1, 2}, true});
-    check_lstm((lstm_case){320, 1, {4}, true});
+    check_lstm((lstm_case){64, 3, {4, 1, 2}, true, false});
+    check_lstm((lstm_case){320, 1, {4}, true, false});
     /* More sequences than run at a time, of one token and of none among them: 8 clusters take every
      * 8th. */
     static const int32_t many[MOST] = {2, 0, 1, 1, 1, 5, 0, 3, 1, 4, 1, 1,
                                        0, 0, 0, 2, 3, 1, 0, 6, 1, 1, 0, 1};
-    lstm_case c = {64, MOST, {0}, false};
+    lstm_case c = {64, MOST, {0}, false, false};
     memcpy(c.lengths, many, sizeof many);
     check_lstm(c);
     c.hidden = 20;
@@ -178,8 +196,64 @@ static void test_lstm(void **state) {
     c.hidden = 260;
     check_lstm(c);
     /* Errors do not grow with time. */
-    check_lstm((lstm_case){64, 2, {60, 33}, false});
-    check_lstm((lstm_case){256, 1, {40}, false});
+    check_lstm((lstm_case){64, 2, {60, 33}, false, false});
+    check_lstm((lstm_case){256, 1, {40}, false, false});
+}
+
+static void test_lstm_reverse(void **state) {
+    (void)state;
+    static const int32_t widths[] = {3, 32, 64, 128, 256, 257, 320};
+    for (int w = 0; w < 7; w++) {
+        check_lstm((lstm_case){widths[w], 1, {5}, false, true});
+        check_lstm((lstm_case){widths[w], 6, {3, 0, 1, 6, 0, 2}, false, true});
+        check_lstm(
+            (lstm_case){widths[w], 13, {2, 1, 5, 1, 9, 0, 3, 1, 1, 4, 1, 2, 6}, false, true});
+    }
+}
+
+/* Two directions at once say what each says alone, to the byte, side by side in the same rows. */
+static void check_pair(int32_t hidden, int32_t sequences, const int32_t *lengths) {
+    int64_t offsets[MOST + 1] = {0};
+    for (int s = 0; s < sequences; s++) offsets[s + 1] = offsets[s] + lengths[s];
+    const int64_t n = offsets[sequences], h = hidden, rows = 2 * n * h;
+    const size_t bytes = (size_t)rows * sizeof(float);
+    float *out = room(bytes + 4), *before[2], *got[2] = {host(rows + 1), host(rows + 1)};
+    sida_lstm_call calls[2];
+    for (int way = 0; way < 2; way++) {
+        before[way] = put_floats(normal(4 * n * h + 1, 1), 4 * n * h + 1);
+        calls[way] = (sida_lstm_call){
+            .out = out + way * h,
+            .ldo = 2 * h,
+            .gates = room(2 * bytes + 4),
+            .cells = room(bytes + 4),
+            .recurrent = {put_floats(normal(4 * h * h, 1 / sqrtf((float)h)), 4 * h * h), SIDA_F32,
+                          4 * h, h},
+            .bias = put_floats(normal(4 * h, 0.5f), 4 * h),
+            .sequences = sequences,
+            .hidden = hidden,
+            .offsets = put(offsets, sizeof offsets),
+            .reverse = way == 1};
+    }
+    for (int pair = 0; pair < 2; pair++) {
+        for (int way = 0; way < 2; way++)
+            OK(sida_copy(stream, calls[way].gates, before[way], 2 * bytes));
+        if (pair) calls[0].beside = &calls[1];
+        for (int way = 0; way < 2 - pair; way++) OK(cuda()->lstm(stream, &calls[way]));
+        get(got[pair], out, bytes);
+        OK(sida_copy(stream, out, before[0], bytes)); /* something else */
+    }
+    assert_memory_equal(got[0], got[1], bytes);
+    end_case();
+}
+
+static void test_lstm_pair(void **state) {
+    (void)state;
+    static const int32_t lengths[13] = {2, 1, 5, 1, 9, 0, 3, 1, 1, 4, 1, 2, 6},
+                         widths[] = {3, 32, 128, 256, 257, 320};
+    for (int w = 0; w < 6; w++) {
+        check_pair(widths[w], 1, lengths + 4);
+        check_pair(widths[w], 13, lengths);
+    }
 }
 
 static void test_lstm_nothing(void **state) {
@@ -197,9 +271,10 @@ typedef struct attend_case {
     int32_t width, sequences, q_count[MOST], k_count[MOST];
     bool causal, positions; /* queries are the last of the keys */
     enum values values;
+    bool softmax;
 } attend_case;
 
-static void check_sparsemax(attend_case c) {
+static void check_weights(attend_case c) {
     const size_t starts = sizeof(int64_t[MOST]), counts = sizeof(int32_t[MOST]);
     int64_t q_start[MOST] = {0}, k_start[MOST] = {0}, rows = 0, keys = 0;
     int32_t position[MOST] = {0};
@@ -235,6 +310,7 @@ static void check_sparsemax(attend_case c) {
                                           .k_count = put(c.k_count, counts),
                                           .q_position = c.positions ? put(position, counts) : NULL,
                                           .causal = c.causal,
+                                          .softmax = c.softmax,
                                           .rows = rows};
     const sida_sparsemax_attention_call on_host = {.out = want,
                                                    .queries = queries,
@@ -246,14 +322,15 @@ static void check_sparsemax(attend_case c) {
                                                    .q_count = c.q_count,
                                                    .k_count = c.k_count,
                                                    .q_position = c.positions ? position : NULL,
-                                                   .causal = c.causal};
+                                                   .causal = c.causal,
+                                                   .softmax = c.softmax};
     OK(sida_copy(stream, call.out, before, bytes));
     OK(cuda()->sparsemax_attention(stream, &call));
     get(got, call.out, bytes);
     OK(sida_sparsemax_attention_cpu(NULL, &on_host));
     char what[100];
-    snprintf(what, sizeof what, "SparseMax of width %d, %d keys first, causal %d, values %d",
-             c.width, c.k_count[0], c.causal, c.values);
+    snprintf(what, sizeof what, "%s of width %d, %d keys first, causal %d, values %d",
+             c.softmax ? "softmax" : "SparseMax", c.width, c.k_count[0], c.causal, c.values);
     expect_close(what, got, want, rows * width, tight);
     for (int s = 0; s < c.sequences; s++) /* nothing to see */
         if (c.k_count[s] == 0)
@@ -287,6 +364,12 @@ static void check_sparsemax(attend_case c) {
         assert_memory_equal(again + last * width, got + last * width, row);
     }
     end_case();
+}
+
+static void check_sparsemax(attend_case c) {
+    check_weights(c);
+    c.softmax = true;
+    check_weights(c);
 }
 
 static void test_sparsemax(void **state) {
@@ -351,9 +434,13 @@ static void test_sparsemax_limits(void **state) {
                                           .k_start = put(&start, sizeof start),
                                           .q_count = put(&two, sizeof two),
                                           .k_count = put(&keys, sizeof keys)};
-    OK(cuda()->sparsemax_attention(stream, &call));
-    get(got, call.out, sizeof got);
-    for (int i = 0; i < WIDTH; i++) assert_true(isfinite(got[i]) && isnan(got[WIDTH + i]));
+    for (int softmax = 0; softmax < 2; softmax++) {
+        call.softmax = softmax;
+        OK(sida_copy(stream, call.out, values, sizeof got));
+        OK(cuda()->sparsemax_attention(stream, &call));
+        get(got, call.out, sizeof got);
+        for (int i = 0; i < WIDTH; i++) assert_true(isfinite(got[i]) && isnan(got[WIDTH + i]));
+    }
     call.probabilities = call.out;
     assert_int_equal(cuda()->sparsemax_attention(stream, &call), SIDA_ERROR_UNSUPPORTED);
     call.probabilities = NULL;
@@ -365,6 +452,8 @@ static void test_sparsemax_limits(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_lstm),
+        cmocka_unit_test(test_lstm_reverse),
+        cmocka_unit_test(test_lstm_pair),
         cmocka_unit_test(test_lstm_nothing),
         cmocka_unit_test(test_sparsemax),
         cmocka_unit_test(test_sparsemax_many_keys),

@@ -25,6 +25,20 @@ static void check_gradients(bool tf32, double tolerance) {
             options.device_batch = variant == 1 ? 3 : 0;
             options.tkd = variant == 1 ? SIDA_TKD_L1_RENORM : SIDA_TKD_REST;
             rig_gradient(backend, sida_learner_create, shape, options, tolerance);
+            for (int32_t k = 1; k <= 5; k += 2) { /* 1: a choice that is not the list's first */
+                shape.top_k = k;
+                shape.labels = variant == 1 ? SIDA_LABELS_WEIGHT : SIDA_LABELS_EVEN;
+                options.tkd = (sida_tkd)((k + 1 + variant) % SIDA_TKD_KINDS);
+                rig_gradient(backend, sida_learner_create, shape, options, tolerance);
+            }
+        }
+    for (int i = 0; i < 3; i++)
+        for (int variant = 1; variant < RIG_VARIANTS; variant++) { /* of the network */
+            rig_shape shape = rig_variant(layers[i][0], layers[i][1], variant);
+            sida_learner_options options = rig_options();
+            options.tf32 = tf32;
+            options.device_batch = variant == 1 ? 3 : 0;
+            rig_gradient(backend, sida_learner_create, shape, options, tolerance);
         }
 }
 
@@ -53,6 +67,10 @@ static void wide_gradients(void **state) {
     sida_learner_options options = rig_options();
     options.batch = 40;
     rig_gradient(backend, sida_learner_create, shape, options, fp32_tolerance);
+    shape.bidirectional = true;
+    shape.attention = SIDA_NET_SOFTMAX;
+    rig_gradient(backend, sida_learner_create, shape, options, fp32_tolerance);
+    shape.attention = SIDA_NET_SPARSEMAX;
     shape.d_model = shape.hidden = 64;
     shape.experts = 8;
     shape.top = 8;
@@ -69,6 +87,7 @@ static void wide_gradients(void **state) {
 static void curve(void **state) {
     (void)state;
     rig_curve(backend, sida_learner_create, rig_default(), rig_options(), 1e-3);
+    rig_curve(backend, sida_learner_create, rig_variant(3, 2, 1), rig_options(), 1e-3);
 }
 static void curve_tf32(void **state) {
     (void)state;
@@ -85,6 +104,7 @@ static void same_bytes(void **state) {
             options.tf32 = tf32;
             options.device_batch = part;
             rig_bytes(backend, sida_learner_create, rig_default(), options);
+            rig_bytes(backend, sida_learner_create, rig_variant(3, 2, 1), options);
         }
 }
 

@@ -179,6 +179,7 @@ typedef struct attend_case {
     int32_t width, sequences, q_count[MOST_SEQUENCES], k_count[MOST_SEQUENCES];
     bool self, causal;
     int32_t at_a_time; /* sequences that the workspace holds */
+    bool softmax;
 } attend_case;
 
 /* Rows of both orders: the CPU's end to end, the device's by rank and time, as the LSTM has them
@@ -269,7 +270,7 @@ static double margin_of(const sida_sparsemax_attention_call *q, const attend_cas
     return margin / largest;
 }
 
-static void check_sparsemax(attend_case c) {
+static void check_weights(attend_case c) {
     if (c.self) memcpy(c.k_count, c.q_count, sizeof c.k_count);
     const size_t counts = sizeof c.q_count;
     rows_of q = order_rows(c.q_count, c.sequences), k = order_rows(c.k_count, c.sequences);
@@ -294,6 +295,7 @@ static void check_sparsemax(attend_case c) {
                                           .q_count = c.q_count,
                                           .k_count = c.k_count,
                                           .causal = c.causal,
+                                          .softmax = c.softmax,
                                           .probabilities = host(p_items + 1),
                                           .p_start = p_start};
     /* Scores spread by about 1, so that supports are neither single nor full. */
@@ -306,7 +308,7 @@ static void check_sparsemax(attend_case c) {
         for (int64_t i = 0; i < k_items && !c.self; i++) memory[i] = scale * sida_rng_normal(&rng);
         memcpy(out, before, (size_t)q_items * sizeof(float));
         OK(sida_sparsemax_attention_cpu(NULL, &call));
-    } while (margin_of(&call, &c) < 2e-6);
+    } while (!c.softmax && margin_of(&call, &c) < 2e-6);
 
     int32_t *q_counts = put(c.q_count, counts), *k_counts = put(c.k_count, counts);
     const sida_row_map q_map = {put(q.start, sizeof q.start),
@@ -321,7 +323,8 @@ static void check_sparsemax(attend_case c) {
         .k = c.self ? q_map : k_map,
         .sequences = c.sequences,
         .width = c.width,
-        .causal = c.causal};
+        .causal = c.causal,
+        .softmax = c.softmax};
     device.memory = c.self ? device.queries : put_rows(memory, &k, c.k_count, c.sequences, c.width);
     float *device_before = put_rows(before, &q, c.q_count, c.sequences, c.width);
     float *device_d_out = put_rows(d_out, &q, c.q_count, c.sequences, c.width);
@@ -351,25 +354,36 @@ static void check_sparsemax(attend_case c) {
         get(bytes + 2 * q_items, device_d_memory, (size_t)k_items * sizeof(float));
     }
     assert_memory_equal(first, second, (size_t)(2 * q_items + k_items) * sizeof(float));
-    expect_rows("SparseMax", device.out, out, &q, &c, c.q_count, tight);
-    expect_rows("SparseMax d queries", device_d_queries, d_queries, &q, &c, c.q_count, tight);
-    expect_rows("SparseMax d memory", device_d_memory, d_memory, &k, &c, c.k_count, tight);
+    expect_rows(c.softmax ? "softmax" : "SparseMax", device.out, out, &q, &c, c.q_count, tight);
+    expect_rows(c.softmax ? "softmax d queries" : "SparseMax d queries", device_d_queries,
+                d_queries, &q, &c, c.q_count, tight);
+    expect_rows(c.softmax ? "softmax d memory" : "SparseMax d memory", device_d_memory, d_memory,
+                &k, &c, c.k_count, tight);
     end_case();
+}
+
+static void check_sparsemax(attend_case c) {
+    check_weights(c);
+    c.softmax = true;
+    check_weights(c);
 }
 
 static void test_sparsemax(void **state) {
     (void)state;
     for (int self = 0; self < 2; self++)
         for (int causal = 0; causal < 2; causal++) {
-            check_sparsemax((attend_case){4, 1, {1}, {1}, self, causal, 1});
+            check_sparsemax((attend_case){4, 1, {1}, {1}, self, causal, 1, false});
             check_sparsemax(
-                (attend_case){64, 5, {7, 32, 0, 1, 20}, {9, 3, 5, 0, 40}, self, causal, 5});
-            check_sparsemax((attend_case){30, 3, {33, 65, 12}, {70, 20, 64}, self, causal, 2});
-            check_sparsemax((attend_case){17, 4, {5, 5, 5, 5}, {3, 3, 3, 3}, self, causal, 3});
-            check_sparsemax((attend_case){256, 2, {130, 90}, {257, 140}, self, causal, 1});
+                (attend_case){64, 5, {7, 32, 0, 1, 20}, {9, 3, 5, 0, 40}, self, causal, 5, false});
+            check_sparsemax(
+                (attend_case){30, 3, {33, 65, 12}, {70, 20, 64}, self, causal, 2, false});
+            check_sparsemax(
+                (attend_case){17, 4, {5, 5, 5, 5}, {3, 3, 3, 3}, self, causal, 3, false});
+            check_sparsemax((attend_case){256, 2, {130, 90}, {257, 140}, self, causal, 1, false});
         }
-    check_sparsemax((attend_case){64, 2, {512, 300}, {0}, true, false, 2});
-    check_sparsemax((attend_case){32, 1, {20}, {600}, false, false, 1}); /* scores read again */
+    check_sparsemax((attend_case){64, 2, {512, 300}, {0}, true, false, 2, false});
+    check_sparsemax(
+        (attend_case){32, 1, {20}, {600}, false, false, 1, false}); /* scores read again */
 }
 
 static void test_sparsemax_limits(void **state) {
@@ -404,6 +418,7 @@ typedef struct loss_case {
     sida_tkd tkd;
     float lambda;
     bool bias, source, in_place;
+    int32_t labels; /* of a pair; 0: the first of the top */
 } loss_case;
 
 /* A teacher's top: distinct experts with falling log-probabilities of a softmax over all. */
@@ -432,6 +447,14 @@ static void check_loss(loss_case c) {
     uint16_t *row_ids = (uint16_t *)host(tops + 1), *row_logp = (uint16_t *)host(tops + 1);
     int32_t *source = (int32_t *)host(c.tokens + 1);
     double *losses = (double *)host(2 * pairs + 2), partials[SIDA_TRAIN_PARTIALS], sum;
+    const int64_t marks = pairs * c.labels, label_row = (int64_t)c.layers * c.labels;
+    uint16_t *labels = (uint16_t *)host(marks + 1), *row_labels = (uint16_t *)host(marks + 1);
+    float *weights = host(marks + 1), *row_weights = host(marks + 1);
+    for (int64_t i = 0; i < marks; i++) {
+        const int64_t j = i % c.labels;
+        labels[i] = (uint16_t)((i / c.labels * 3 + j * 5) % c.experts);
+        weights[i] = (float)(2 * (c.labels - j)) / (float)(c.labels * (c.labels + 1));
+    }
     for (int64_t i = 0; i < pairs; i++)
         make_teacher(ids + i * c.top, logp + i * c.top, c.experts, c.top);
     for (int64_t i = 0; i < items; i++)
@@ -441,6 +464,11 @@ static void check_loss(loss_case c) {
         source[i] = c.source ? (int32_t)((i * 7 + 3) % c.tokens) : (int32_t)i;
         memcpy(row_ids + i * row, ids + source[i] * row, (size_t)row * sizeof *ids);
         memcpy(row_logp + i * row, logp + source[i] * row, (size_t)row * sizeof *ids);
+        if (label_row == 0) continue;
+        memcpy(row_labels + i * label_row, labels + source[i] * label_row,
+               (size_t)label_row * sizeof *labels);
+        memcpy(row_weights + i * label_row, weights + source[i] * label_row,
+               (size_t)label_row * sizeof *weights);
     }
     const float scale = 1.0f / (float)(pairs > 0 ? pairs : 1);
     OK(sida_loss(&sum, &(sida_loss_call){.d_logits = want,
@@ -448,6 +476,9 @@ static void check_loss(loss_case c) {
                                          .logits = summed,
                                          .top_ids = row_ids,
                                          .top_logp = row_logp,
+                                         .labels = c.labels > 0 ? row_labels : NULL,
+                                         .label_weights = row_weights,
+                                         .label_count = c.labels,
                                          .pairs = pairs,
                                          .experts = c.experts,
                                          .top = c.top,
@@ -462,6 +493,9 @@ static void check_loss(loss_case c) {
         .bias = c.bias ? put_floats(bias, (int64_t)c.layers * c.experts) : NULL,
         .top_ids = put(ids, (size_t)tops * sizeof *ids + 2),
         .top_logp = put(logp, (size_t)tops * sizeof *logp + 2),
+        .labels = c.labels > 0 ? put(labels, (size_t)marks * sizeof *labels + 2) : NULL,
+        .label_weights = c.labels > 0 ? put_floats(weights, marks + 1) : NULL,
+        .label_count = c.labels,
         .source = c.source ? put(source, (size_t)c.tokens * sizeof *source + 4) : NULL,
         .rows = c.tokens,
         .layers = c.layers,
@@ -471,8 +505,8 @@ static void check_loss(loss_case c) {
         .lambda = c.lambda,
         .scale = scale};
     char what[120];
-    snprintf(what, sizeof what, "loss of %lld x %d, %d experts, top %d, tkd %d",
-             (long long)c.tokens, c.layers, c.experts, c.top, c.tkd);
+    snprintf(what, sizeof what, "loss of %lld x %d, %d experts, top %d, %s, %d labels",
+             (long long)c.tokens, c.layers, c.experts, c.top, sida_tkd_name(c.tkd), c.labels);
     double total[2] = {0, 0};
     for (int run = 0; run < 2; run++) { /* the first without gradients */
         sida_loss_cuda_call one = call;
@@ -492,19 +526,28 @@ static void check_loss(loss_case c) {
 
 static void test_loss(void **state) {
     (void)state;
-    for (int tkd = 0; tkd < 2; tkd++) {
-        check_loss((loss_case){0, 2, 8, 4, tkd, 0.5f, false, false, false});
-        check_loss((loss_case){5, 1, 1, 1, tkd, 0.5f, false, false, false});
-        check_loss((loss_case){40, 3, 8, 8, tkd, 0.5f, true, true, true});
-        check_loss((loss_case){40, 3, 8, 3, tkd, 0, false, false, false});
-        check_loss((loss_case){50, 2, 33, 10, tkd, 0.5f, true, false, true});
-        check_loss((loss_case){70, 6, 128, 30, tkd, 0.005f, true, true, true});
-        check_loss((loss_case){30, 6, 256, 33, tkd, 2, false, true, false});
-        check_loss((loss_case){20, 2, 300, 70, tkd, 0.5f, true, true, true});
-        check_loss((loss_case){20, 2, 600, 600, tkd, 0.5f, true, true, true});
-        check_loss((loss_case){9, 2, 700, 30, tkd, 0.5f, false, false, true});
-        check_loss((loss_case){2, 1, 40000, 20, tkd, 0.5f, true, false, true});
-        check_loss((loss_case){1400, 6, 8, 2, tkd, 0.5f, false, false, true}); /* several a warp */
+    static const int32_t experts[] = {8, 64, 128}, labels[] = {0, 1, 2, 8};
+    for (int kind = 0; kind < SIDA_TKD_KINDS; kind++) {
+        const sida_tkd tkd = (sida_tkd)kind;
+        check_loss((loss_case){0, 2, 8, 4, tkd, 0.5f, false, false, false, 0});
+        check_loss((loss_case){5, 1, 1, 1, tkd, 0.5f, false, false, false, 0});
+        check_loss((loss_case){40, 3, 8, 8, tkd, 0.5f, true, true, true, 0});
+        check_loss((loss_case){40, 3, 8, 3, tkd, 0, false, false, false, 0});
+        check_loss((loss_case){50, 2, 33, 10, tkd, 0.5f, true, false, true, 0});
+        check_loss((loss_case){70, 6, 128, 30, tkd, 0.005f, true, true, true, 0});
+        check_loss((loss_case){30, 6, 256, 33, tkd, 2, false, true, false, 0});
+        check_loss((loss_case){20, 2, 300, 70, tkd, 0.5f, true, true, true, 0});
+        check_loss((loss_case){20, 2, 600, 600, tkd, 0.5f, true, true, true, 0});
+        check_loss((loss_case){9, 2, 700, 30, tkd, 0.5f, false, false, true, 0});
+        check_loss((loss_case){2, 1, 40000, 20, tkd, 0.5f, true, false, true, 0});
+        check_loss(
+            (loss_case){1400, 6, 8, 2, tkd, 0.5f, false, false, true, 0}); /* several a warp */
+        for (int e = 0; e < 3; e++)
+            for (int l = 0; l < 4; l++)
+                for (int whole = 0; whole < 2; whole++)
+                    check_loss((loss_case){40, 2, experts[e], whole ? experts[e] : experts[e] / 4,
+                                           tkd, 0.5f, true, l % 2 == 0, whole == 0, labels[l]});
+        check_loss((loss_case){9, 2, 700, 30, tkd, 0.5f, true, true, true, 40});
     }
 }
 
@@ -515,12 +558,23 @@ static void test_loss_extremes(void **state) {
     const uint16_t ids[top] = {2, 5, 0};
     uint16_t logp[top];
     for (int i = 0; i < top; i++) logp[i] = sida_f16_from_f32(-0.5f - 2 * (float)i);
-    float logits[experts] = {-300, 200, 80, -90, 1, 0, -1, 30}, got[experts], want[experts];
+    float got[experts], want[experts];
     double losses, sum, partials[SIDA_TRAIN_PARTIALS];
-    for (int nan = 0; nan < 2; nan++) {
-        if (nan) logits[3] = NAN;
-        const sida_loss_call on_host = {want,    &losses, logits,        ids,  logp, 1,
-                                        experts, top,     SIDA_TKD_REST, 0.5f, 1};
+    for (int round = 0; round < 2 * SIDA_TKD_KINDS; round++) {
+        const bool nan = round % 2;
+        const sida_tkd tkd = (sida_tkd)(round / 2);
+        float logits[experts] = {-300, 200, 80, nan ? NAN : -90, 1, 0, -1, 30};
+        const sida_loss_call on_host = {.d_logits = want,
+                                        .losses = &losses,
+                                        .logits = logits,
+                                        .top_ids = ids,
+                                        .top_logp = logp,
+                                        .pairs = 1,
+                                        .experts = experts,
+                                        .top = top,
+                                        .tkd = tkd,
+                                        .lambda = 0.5f,
+                                        .scale = 1};
         sida_loss_cuda_call call = {.d_logits = room(sizeof got),
                                     .partials = room(sizeof partials),
                                     .logits = put(logits, sizeof logits),
@@ -530,7 +584,7 @@ static void test_loss_extremes(void **state) {
                                     .layers = 1,
                                     .experts = experts,
                                     .top = top,
-                                    .tkd = SIDA_TKD_REST,
+                                    .tkd = tkd,
                                     .lambda = 0.5f,
                                     .scale = 1};
         OK(sida_loss_cuda(stream, &call));
@@ -538,13 +592,14 @@ static void test_loss_extremes(void **state) {
         get(got, call.d_logits, sizeof got);
         if (nan) {
             assert_true(isnan(partials[0]));
+            end_case();
             continue;
         }
         OK(sida_loss(&sum, &on_host));
         assert_true(fabs(partials[0] - sum) <= 1e-5 * fabs(sum));
         expect_close("loss of far logits", got, want, experts, tight);
+        end_case();
     }
-    end_case();
 }
 
 /* --- the end of a step */

@@ -1,27 +1,46 @@
 /* The LSTM of training on cuDNN against the CPU's ops: outputs, the gradient of the input, and of
- * every tensor, over sequences of different lengths, in both layouts.
+ * every tensor, over sequences of different lengths, in both layouts, in one direction and in two.
  *
  * `tight` serves outputs: gates are bounded, sums of 2 x 256 terms at most differ in order and in
  * the last bits of exp. Gradients go back through all tokens and are summed over them: 5e-5. With
  * TF32 factors keep 11 bits: 5e-3. */
 #include "runtime/ops/gemm.h"
 #include "runtime/ops/rnn.h"
+#include "runtime/ops/train_ops.h"
 #include "tests/gpu/op_case.h"
 
-enum { MOST = 16 };
+enum { MOST = 24 };
 static const double backward = 5e-5, tf32_close = 5e-3;
 
 typedef struct rnn_case {
     int32_t hidden, layers, sequences, lengths[MOST]; /* falling */
+    bool both;                                        /* directions */
 } rnn_case;
 
-/* A layer's parameters or gradients on the host. */
-static void make_layers(sida_rnn_weights *layers, const rnn_case *c, float scale) {
-    const int64_t h = c->hidden;
-    for (int l = 0; l < c->layers; l++) {
-        float *block = normal(8 * h * h + 8 * h, scale / sqrtf((float)h));
-        layers[l] = (sida_rnn_weights){block, block + 8 * h * h, block + 4 * h * h,
-                                       block + 8 * h * h + 4 * h};
+static int directions(const rnn_case *c) {
+    return c->both ? 2 : 1;
+}
+static int32_t units(const rnn_case *c) {
+    return c->hidden / directions(c);
+}
+enum { CELLS = 2 * SIDA_RNN_LAYERS_MAX };
+static int cells_of(const rnn_case *c) {
+    return c->layers * directions(c);
+}
+
+/* Floats of a cell's tensors, which are one block. */
+static int64_t cell_items(const rnn_case *c) {
+    const int64_t h = c->hidden, u = units(c);
+    return 4 * u * (h + u) + 8 * u;
+}
+
+/* Parameters or gradients on the host. */
+static void make_cells(sida_rnn_weights *cells, const rnn_case *c, float scale) {
+    const int64_t h = c->hidden, u = units(c);
+    for (int i = 0; i < cells_of(c); i++) {
+        float *block = normal(cell_items(c), scale / sqrtf((float)u));
+        float *recurrent = block + 4 * u * h, *bias = recurrent + 4 * u * u;
+        cells[i] = (sida_rnn_weights){block, bias, recurrent, bias + 4 * u};
     }
 }
 
@@ -29,71 +48,77 @@ static void make_layers(sida_rnn_weights *layers, const rnn_case *c, float scale
 typedef struct reference {
     int64_t offsets[MOST + 1];
     float *x, *y, *d_y, *d_x;
-    sida_rnn_weights weights[SIDA_RNN_LAYERS_MAX], gradients[SIDA_RNN_LAYERS_MAX];
+    sida_rnn_weights weights[CELLS], gradients[CELLS];
 } reference;
 
 static void linear_backward(float *d_x, float *d_weight, float *d_bias, const float *d_y,
-                            const float *x, const float *w, int64_t h, int64_t n) {
+                            const float *x, const float *w, int64_t u, int64_t h, int64_t n) {
     sida_linear_backward_cpu(&(sida_linear_backward_call){.d_x = d_x,
                                                           .d_weight = d_weight,
                                                           .d_bias = d_bias,
                                                           .d_y = d_y,
                                                           .x = x,
-                                                          .weight = {w, SIDA_F32, 4 * h, h},
+                                                          .weight = {w, SIDA_F32, 4 * u, h},
                                                           .n = n});
 }
 
 static void run_reference(reference *r, const rnn_case *c) {
-    const int64_t h = c->hidden, n = r->offsets[c->sequences];
-    float *outs[SIDA_RNN_LAYERS_MAX], *gates[SIDA_RNN_LAYERS_MAX], *cells[SIDA_RNN_LAYERS_MAX];
+    const int64_t h = c->hidden, u = units(c), n = r->offsets[c->sequences];
+    float *outs[SIDA_RNN_LAYERS_MAX], *gates[CELLS], *cells[CELLS];
     float *workspace = host((n + 6 * c->sequences) * h + 1);
-    for (int l = 0; l < c->layers; l++) {
-        const sida_rnn_weights *w = &r->weights[l];
-        outs[l] = host(n * h + 1);
-        gates[l] = host(4 * n * h + 1);
-        cells[l] = host(n * h + 1);
+    for (int cell = 0; cell < cells_of(c); cell++) {
+        const sida_rnn_weights *w = &r->weights[cell];
+        const int l = cell / directions(c), way = cell % directions(c);
+        if (way == 0) outs[l] = host(n * h + 1);
+        gates[cell] = host(4 * n * u + 1);
+        cells[cell] = host(n * u + 1);
         OK(sida_linear_gemm_cpu(NULL,
-                                &(sida_linear_call){.y = gates[l],
-                                                    .ldy = 4 * h,
+                                &(sida_linear_call){.y = gates[cell],
+                                                    .ldy = 4 * u,
                                                     .x = l ? outs[l - 1] : r->x,
                                                     .ldx = h,
                                                     .n = n,
-                                                    .weight = {w->input_weight, SIDA_F32, 4 * h, h},
+                                                    .weight = {w->input_weight, SIDA_F32, 4 * u, h},
                                                     .bias = w->input_bias,
                                                     .scale = 1}));
         OK(sida_lstm_cpu(NULL,
-                         &(sida_lstm_call){.out = outs[l],
-                                           .gates = gates[l],
-                                           .cells = cells[l],
-                                           .recurrent = {w->recurrent_weight, SIDA_F32, 4 * h, h},
+                         &(sida_lstm_call){.out = outs[l] + way * u,
+                                           .ldo = h,
+                                           .gates = gates[cell],
+                                           .cells = cells[cell],
+                                           .recurrent = {w->recurrent_weight, SIDA_F32, 4 * u, u},
                                            .bias = w->recurrent_bias,
                                            .sequences = c->sequences,
-                                           .hidden = c->hidden,
+                                           .hidden = units(c),
                                            .offsets = r->offsets,
+                                           .reverse = way == 1,
                                            .workspace = workspace}));
     }
     r->y = outs[c->layers - 1];
-    float *above = r->d_y, *d_gates = host(4 * n * h + 1);
-    for (int l = c->layers - 1; l >= 0; l--) {
-        const sida_rnn_weights *w = &r->weights[l];
-        sida_rnn_weights *g = &r->gradients[l];
+    float *above = r->d_y, *d_gates = host(4 * n * u + 1), *below = NULL;
+    for (int cell = cells_of(c) - 1; cell >= 0; cell--) {
+        const sida_rnn_weights *w = &r->weights[cell];
+        sida_rnn_weights *g = &r->gradients[cell];
+        const int l = cell / directions(c), way = cell % directions(c);
+        if (way == directions(c) - 1) below = host(n * h + 1); /* zeros */
         OK(sida_lstm_backward_cpu(
             &(sida_lstm_backward_call){.d_gates = d_gates,
                                        .d_recurrent = g->recurrent_weight,
                                        .d_bias = g->recurrent_bias,
-                                       .d_out = above,
-                                       .out = outs[l],
-                                       .gates = gates[l],
-                                       .cells = cells[l],
-                                       .recurrent = {w->recurrent_weight, SIDA_F32, 4 * h, h},
+                                       .d_out = above + way * u,
+                                       .out = outs[l] + way * u,
+                                       .ldo = h,
+                                       .gates = gates[cell],
+                                       .cells = cells[cell],
+                                       .recurrent = {w->recurrent_weight, SIDA_F32, 4 * u, u},
                                        .sequences = c->sequences,
-                                       .hidden = c->hidden,
+                                       .hidden = units(c),
                                        .offsets = r->offsets,
+                                       .reverse = way == 1,
                                        .workspace = workspace}));
-        float *below = host(n * h + 1); /* zeros */
         linear_backward(below, g->input_weight, g->input_bias, d_gates, l ? outs[l - 1] : r->x,
-                        w->input_weight, h, n);
-        above = below;
+                        w->input_weight, u, h, n);
+        if (way == 0) above = below;
     }
     r->d_x = above;
 }
@@ -115,17 +140,18 @@ typedef struct outcome {
     float *y, *d_x, *space;
 } outcome;
 
-static void expect_layer(const char *what, const sida_rnn_weights *got,
-                         const sida_rnn_weights *want, int64_t h, double tolerance) {
-    char text[160];
+static void expect_cell(const char *what, const sida_rnn_weights *got, const sida_rnn_weights *want,
+                        const rnn_case *c, double tolerance) {
+    const int64_t h = c->hidden, u = units(c);
+    char text[200];
     const struct {
         const char *name;
         const float *got, *want;
         int64_t count;
-    } tensors[] = {{"weight_ih", got->input_weight, want->input_weight, 4 * h * h},
-                   {"bias_ih", got->input_bias, want->input_bias, 4 * h},
-                   {"weight_hh", got->recurrent_weight, want->recurrent_weight, 4 * h * h},
-                   {"bias_hh", got->recurrent_bias, want->recurrent_bias, 4 * h}};
+    } tensors[] = {{"weight_ih", got->input_weight, want->input_weight, 4 * u * h},
+                   {"bias_ih", got->input_bias, want->input_bias, 4 * u},
+                   {"weight_hh", got->recurrent_weight, want->recurrent_weight, 4 * u * u},
+                   {"bias_hh", got->recurrent_bias, want->recurrent_bias, 4 * u}};
     for (int i = 0; i < 4; i++) {
         snprintf(text, sizeof text, "%s, %s", what, tensors[i].name);
         expect_close(text, tensors[i].got, tensors[i].want, tensors[i].count, tolerance);
@@ -137,8 +163,10 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
                        sida_rnn_options options, bool optional) {
     const int64_t h = c->hidden;
     char what[120];
-    snprintf(what, sizeof what, "LSTM of %d x %d, %d sequences, layout %d, algorithm %d, tf32 %d",
-             c->layers, c->hidden, c->sequences, options.layout, options.algorithm, options.tf32);
+    snprintf(what, sizeof what,
+             "LSTM of %d x %d, %d ways, %d sequences, layout %d, algorithm %d, tf32 %d", c->layers,
+             c->hidden, directions(c), c->sequences, options.layout, options.algorithm,
+             options.tf32);
     sida_rnn *rnn;
     const sida_status made = sida_rnn_create(&rnn, stream, &options);
     if (made == SIDA_ERROR_UNSUPPORTED && optional) {
@@ -158,7 +186,7 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
 
     const int64_t space = sida_rnn_weight_items(rnn);
     const size_t space_bytes = (size_t)space * sizeof(float), bytes = (size_t)items * sizeof(float);
-    assert_true(space >= c->layers * (8 * h * h + 8 * h));
+    assert_true(space >= cells_of(c) * cell_items(c));
     float *weights = host(space), *start = host(space);
     sida_rnn_pack(rnn, weights, r->weights);
     sida_rnn_pack(rnn, start, before);
@@ -169,6 +197,15 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
     float *x = put_floats(ranked, items), *y = room(bytes), *d_x = room(bytes);
     reorder(ranked, r->d_y, r, c, step, false);
     float *d_y = put_floats(ranked, items);
+    int32_t ranks[MOST];
+    for (int s = 0; s < c->sequences; s++) ranks[s] = s;
+    const size_t index_bytes = (size_t)c->sequences * sizeof(int32_t);
+    const sida_row_map map = {.start = put(ranks, index_bytes),
+                              .step = put(step, ((size_t)longest + 1) * sizeof *step),
+                              .count = put(c->lengths, index_bytes),
+                              .longest = longest};
+    sida_rnn_set_rows(rnn, &map, c->sequences);
+    const bool in_place = options.algorithm == SIDA_RNN_CLUSTER;
     outcome runs[2];
     bool refused = false;
     for (int run = 0; run < 2 && !refused; run++) {
@@ -181,7 +218,8 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
             break;
         }
         if (status != SIDA_OK) fail_msg("%s: %s", what, sida_last_message());
-        OK(sida_rnn_backward_data(rnn, d_x, d_y, y, device_weights));
+        if (in_place) OK(sida_copy(stream, d_x, d_y, bytes));
+        OK(sida_rnn_backward_data(rnn, d_x, in_place ? d_x : d_y, y, device_weights));
         OK(sida_rnn_backward_weights(rnn, device_gradient, x, y));
         get(runs[run].y, y, bytes);
         get(runs[run].d_x, d_x, bytes);
@@ -197,12 +235,15 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
         reorder(got, runs[0].d_x, r, c, step, true);
         assert_memory_equal(ranked, got, (size_t)real * sizeof(float));
         expect_close(what, got, r->d_x, real, options.tf32 ? tf32_close : backward);
-        sida_rnn_weights gradients[SIDA_RNN_LAYERS_MAX];
-        make_layers(gradients, c, 1);
+        sida_rnn_weights gradients[CELLS];
+        make_cells(gradients, c, 1);
         sida_rnn_unpack(rnn, gradients, runs[0].space);
-        for (int l = 0; l < c->layers; l++)
-            expect_layer(what, &gradients[l], &r->gradients[l], h,
-                         options.tf32 ? tf32_close : backward);
+        for (int i = 0; i < cells_of(c); i++) {
+            char cell[160];
+            snprintf(cell, sizeof cell, "%s, cell %d", what, i);
+            expect_cell(cell, &gradients[i], &r->gradients[i], c,
+                        options.tf32 ? tf32_close : backward);
+        }
         if (options.layout == SIDA_RNN_PADDED)
             for (int s = 0; s < c->sequences; s++)
                 for (int32_t t = c->lengths[s]; t < longest && c->lengths[s] > 0; t++)
@@ -215,7 +256,7 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
 
 static void check_rnn(rnn_case c) {
     reference r = {0};
-    sida_rnn_weights before[SIDA_RNN_LAYERS_MAX] = {0};
+    sida_rnn_weights before[CELLS] = {0};
     int32_t longest = 0;
     for (int s = 0; s < c.sequences; s++) {
         r.offsets[s + 1] = r.offsets[s] + c.lengths[s];
@@ -224,24 +265,29 @@ static void check_rnn(rnn_case c) {
     const int64_t h = c.hidden, n = r.offsets[c.sequences];
     r.x = normal(n * h + 1, 1);
     r.d_y = normal(n * h + 1, 1);
-    make_layers(r.weights, &c, 1);
-    make_layers(before, &c, 0.5f); /* gradients are added to */
-    make_layers(r.gradients, &c, 0);
-    for (int l = 0; l < c.layers; l++) /* the tensors of a layer are one block */
-        memcpy(r.gradients[l].input_weight, before[l].input_weight,
-               (size_t)(8 * h * h + 8 * h) * sizeof(float));
+    make_cells(r.weights, &c, 1);
+    make_cells(before, &c, 0.5f); /* gradients are added to */
+    make_cells(r.gradients, &c, 0);
+    for (int i = 0; i < cells_of(&c); i++)
+        memcpy(r.gradients[i].input_weight, before[i].input_weight,
+               (size_t)cell_items(&c) * sizeof(float));
     run_reference(&r, &c);
     const int kept_blocks = block_count, kept_buffers = buffer_count;
-    for (int way = 0; way < 8; way++) {
+    for (int way = 0; way < 9; way++) {
         sida_rnn_options options = {.hidden = c.hidden,
                                     .layers = c.layers,
+                                    .bidirectional = c.both,
                                     .sequences = c.sequences,
                                     .longest = longest,
                                     .tokens = (int64_t)c.sequences * longest,
                                     .layout = way & 1 ? SIDA_RNN_PADDED : SIDA_RNN_PACKED,
                                     .algorithm = way & 2 ? SIDA_RNN_PERSISTENT : SIDA_RNN_STANDARD,
                                     .tf32 = way & 4};
-        check_plan(&c, &r, before, options, options.algorithm == SIDA_RNN_PERSISTENT);
+        if (way == 8) {
+            options.algorithm = SIDA_RNN_CLUSTER;
+            options.tf32 = true;
+        }
+        check_plan(&c, &r, before, options, options.algorithm != SIDA_RNN_STANDARD);
         while (buffer_count > kept_buffers) sida_buffer_destroy(buffers[--buffer_count]);
         while (block_count > kept_blocks) free(blocks[--block_count]);
     }
@@ -250,12 +296,16 @@ static void check_rnn(rnn_case c) {
 
 static void test_rnn(void **state) {
     (void)state;
-    check_rnn((rnn_case){64, 1, 1, {1}});
-    check_rnn((rnn_case){64, 2, 4, {9, 9, 9, 9}});
-    check_rnn((rnn_case){64, 2, 6, {12, 7, 7, 3, 1, 0}});
-    check_rnn((rnn_case){256, 2, 3, {20, 11, 2}});
-    check_rnn((rnn_case){128, 4, 2, {5, 4}});
-    check_rnn((rnn_case){192, 3, 16, {6, 6, 5, 5, 5, 4, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1}});
+    for (int both = 0; both < 2; both++) {
+        check_rnn((rnn_case){64, 1, 1, {1}, both});
+        check_rnn((rnn_case){64, 2, 4, {9, 9, 9, 9}, both});
+        check_rnn((rnn_case){64, 2, 6, {12, 7, 7, 3, 1, 0}, both});
+        check_rnn((rnn_case){256, 2, 3, {20, 11, 2}, both});
+        check_rnn((rnn_case){128, 4, 2, {5, 4}, both});
+        check_rnn((rnn_case){
+            256, 1, 19, {33, 33, 30, 29, 9, 9, 9, 9, 9, 8, 8, 8, 8, 8, 8, 8, 7, 3, 0}, both});
+        check_rnn((rnn_case){192, 3, 16, {6, 6, 5, 5, 5, 4, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1}, both});
+    }
 }
 
 /* One plan for batches of different shapes, beside another whose workspace it shares; and beyond

@@ -1,4 +1,4 @@
-/* tests/grad/golden/train.safetensors (tools/reference/train_golden.py) in memory. */
+/* tests/grad/golden/train*.safetensors (tools/reference/train_golden.py) in memory. */
 #ifndef SIDA_TESTS_GRAD_GOLDEN_H
 #define SIDA_TESTS_GRAD_GOLDEN_H
 
@@ -83,8 +83,10 @@ static inline void golden_reset(golden *g) {
     }
 }
 
-static inline void golden_open(golden *g) {
-    const char *path = "tests/grad/golden/train.safetensors";
+/* options: two directions and softmax. */
+static inline void golden_open(golden *g, bool options) {
+    const char *path = options ? "tests/grad/golden/train_options.safetensors"
+                               : "tests/grad/golden/train.safetensors";
     memset(g, 0, sizeof *g);
     assert_int_equal(sida_file_map(&g->map, path), SIDA_OK);
     assert_int_equal(sida_safetensors_parse(&g->file, g->map.data, g->map.size, path), SIDA_OK);
@@ -105,7 +107,9 @@ static inline void golden_open(golden *g) {
         .lstm_layers = 2,
         .experts = GOLDEN_EXPERTS,
         .vocabulary = g->data.vocabulary,
-        .layers = {g->data.layers[0], g->data.layers[1]}};
+        .layers = {g->data.layers[0], g->data.layers[1]},
+        .attention = options ? SIDA_NET_SOFTMAX : SIDA_NET_SPARSEMAX,
+        .bidirectional = options};
     assert_int_equal(sida_net_create(&g->net, &config), SIDA_OK);
     golden_reset(g);
 }

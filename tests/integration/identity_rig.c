@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 void rig_assert_ok(sida_status status) {
@@ -194,6 +195,7 @@ static sida_status dice_encode(const sida_hash_source *source, sida_hash_state *
     dice_state *state = (dice_state *)base;
     sida_status status = SIDA_OK;
     if (r->tables++ == r->fail_tables_at) SIDA_FAIL(SIDA_ERROR_FORMAT, "the dice fell off");
+    nanosleep(&(struct timespec){.tv_nsec = r->table_delay_ms * 1000000L}, NULL);
     SIDA_TRY(SIDA_GROW(&state->seen, &state->capacity, input->sequences, "a state"));
     for (int32_t s = 0; s < input->sequences; s++) state->seen[s] = 1;
     SIDA_TRY(dice_rows(source, state, input, SIDA_ENCODER, k, out));

@@ -24,6 +24,7 @@ typedef struct rig {
     int32_t batch, fed;
     int32_t fail_at;        /* the batch whose reading fails, -1: none */
     int32_t fail_tables_at; /* the batch whose hash table fails, -1: none */
+    int32_t table_delay_ms; /* of each encoder table */
     atomic_int tables;      /* encoder tables built since the feed began */
 } rig;
 

@@ -1,5 +1,6 @@
 /* libsida from end to end on the bundled sample: budgets, routings and reports, with a predictor
  * of random weights (identity must hold whatever it predicts). */
+#include "data/batch.h"
 #include "formats/predictor_file.h"
 #include "formats/tokenizer.h"
 #include "runtime/model/model.h"
@@ -213,6 +214,219 @@ static void test_lossy(void **state) {
     forget(&full);
 }
 
+/* --- scoring */
+
+typedef struct scores {
+    double nll[records];
+    int64_t tokens[records], count;
+    int right, positive;
+} scores;
+
+static sida_status keep_score(void *context, const sida_answer *answer) {
+    scores *s = context;
+    assert_int_equal(answer->index, s->count);
+    s->nll[s->count] = answer->nll;
+    s->tokens[s->count++] = answer->tokens;
+    s->right += strcmp(answer->text, answer->target) == 0;
+    s->positive += strcmp(answer->text, "positive") == 0;
+    return SIDA_OK;
+}
+
+static void score(sida_engine_options options, sida_report *report, scores *s, const char *format,
+                  uint64_t seed) {
+    sida_engine *engine;
+    sida_job job = SIDA_JOB_INIT;
+    *s = (scores){0};
+    options.model = SAMPLE_MODEL;
+    options.device = "cpu";
+    options.max_new_tokens = 64;
+    options.max_tokens = 128;
+    job.format = format;
+    job.input = strcmp(format, "sst2") == 0 ? SAMPLE_INPUT : "data/sample/inputs/prose-test.txt";
+    job.limit = records;
+    job.score = true;
+    job.seed = seed;
+    job.on_answer = keep_score;
+    job.context = s;
+    assert_ok(sida_engine_open(&engine, &options));
+    assert_ok(sida_engine_run(engine, &job, report));
+    sida_engine_close(engine);
+    assert_int_equal(s->count, records);
+    double nll = 0;
+    int64_t tokens = 0;
+    for (int r = 0; r < records; r++) {
+        nll += s->nll[r];
+        tokens += s->tokens[r];
+    }
+    assert_int_equal(report->target_tokens, tokens);
+    assert_true(fabs(report->loss - nll / (double)tokens) < 1e-12);
+}
+
+/* -log p of the first two records' targets, by the model alone: the whole target in one call. */
+static void score_by_hand(double nll[2]) {
+    sida_backend *backend;
+    sida_model *model;
+    sida_tokenizer *tokenizer;
+    sida_run *run;
+    sida_resident *resident;
+    sida_corpus *corpus;
+    sida_batcher *batcher;
+    sida_batch *batch;
+    assert_ok(sida_backend_create_cpu(&backend, NULL));
+    assert_ok(sida_model_open(&model, backend, SAMPLE_MODEL));
+    assert_ok(sida_tokenizer_open(&tokenizer, SAMPLE_MODEL "/spiece.model"));
+    assert_ok(sida_resident_create(&resident, model));
+    const sida_model_info *info = sida_model_get_info(model);
+    const sida_run_limits limits = {
+        .sequences = 1, .input_tokens = 128, .step_tokens = 8, .decoder_positions = 8};
+    assert_ok(sida_run_create(&run, model, &limits));
+    assert_ok(sida_corpus_open(&corpus, SIDA_CORPUS_SST2, SAMPLE_INPUT));
+    assert_ok(sida_batcher_create(
+        &batcher, corpus, tokenizer,
+        &(sida_batch_options){
+            .sequences = 1, .max_tokens = 128, .vocabulary = info->vocabulary, .eos = info->eos}));
+    float *logits = malloc(8 * (size_t)info->vocabulary * sizeof *logits);
+    for (int r = 0; r < 2; r++) {
+        assert_ok(sida_batcher_next(batcher, &batch));
+        const sida_moe_driver *driver = sida_resident_driver(resident, NULL, NULL, NULL);
+        int64_t tokens = sida_ragged_tokens(&batch->target);
+        int32_t inputs[8] = {info->decoder_start};
+        for (int64_t i = 1; i < tokens; i++) inputs[i] = batch->target.ids[i - 1];
+        assert_ok(sida_run_encode(run, &batch->input, driver));
+        assert_ok(sida_run_decode(run, &(sida_ragged){1, batch->target.offsets, inputs}, driver));
+        assert_ok(sida_run_read_logits(run, 0, tokens, logits));
+        nll[r] = 0;
+        for (int64_t i = 0; i < tokens; i++) {
+            const float *row = logits + i * info->vocabulary;
+            double sum = 0;
+            for (int32_t v = 0; v < info->vocabulary; v++) sum += exp((double)row[v]);
+            nll[r] += log(sum) - (double)row[batch->target.ids[i]];
+        }
+        sida_batch_destroy(batch);
+    }
+    free(logits);
+    sida_batcher_destroy(batcher);
+    sida_corpus_close(corpus);
+    sida_run_destroy(run);
+    sida_resident_destroy(resident);
+    sida_tokenizer_destroy(tokenizer);
+    sida_model_destroy(model);
+    sida_backend_destroy(backend);
+}
+
+static void test_score(void **state) {
+    (void)state;
+    const sida_engine_options init = SIDA_ENGINE_OPTIONS_INIT;
+    sida_engine_options options = init;
+    sida_report exact, report, dice;
+    scores full, s;
+    double nll[2];
+    score(options, &exact, &full, "sst2", 0);
+    assert_int_equal(exact.sequences, 2 * records); /* each label is one */
+    assert_true(fabs(exact.score - (double)full.right / records) < 1e-12);
+    assert_true(full.positive > 0 && full.positive < records);
+    assert_true(exact.constant_score >= 0.5 && exact.constant_score < 1);
+    assert_true(exact.full_loss == exact.loss && exact.label_flips == 0 && exact.mcnemar_p == 1);
+    score_by_hand(nll);
+    for (int r = 0; r < 2; r++) /* measured 5e-9 */
+        assert_true(fabs(nll[r] - full.nll[r]) < 1e-6 * (1 + nll[r]));
+    /* As any exact output: the same bytes. */
+    options.budget = "10%";
+    options.batch = 5; /* a record's labels come apart */
+    options.predictor = predictor;
+    score(options, &report, &s, "sst2", 0);
+    assert_memory_equal(s.nll, full.nll, sizeof s.nll);
+    assert_true(report.score == exact.score && report.loss == exact.loss);
+    /* Predicting took time of its own, and is told beside the batch's. */
+    assert_true(report.hash_ms_per_batch > 0 && report.inference_ms_per_batch > 0);
+    assert_true(fabs(report.hash_share - report.hash_ms_per_batch / report.inference_ms_per_batch) <
+                1e-9);
+    assert_true(report.table_wait_share >= 0 && report.table_wait_share <= 1);
+    assert_true(exact.hash_ms_per_batch == 0 && exact.hash_share == 0);
+
+    options = init;
+    options.predictor = predictor;
+    options.routing = "guided";
+    options.active_share = 0.1;
+    options.top_k = 8;
+    score(options, &report, &s, "sst2", 0);
+    assert_true(report.full_loss == exact.loss && report.full_score == exact.score);
+    assert_true(report.loss != exact.loss);
+    assert_int_equal(report.answers_lost + report.answers_gained, report.label_flips);
+    assert_int_equal(report.answers_gained - report.answers_lost, s.right - full.right);
+    assert_true(report.mcnemar_p > 0 && report.mcnemar_p <= 1);
+    double mean = 0;
+    assert_int_equal(report.allowed_layers[0], 3);
+    for (int32_t layer = 0; layer < 3; layer++) {
+        assert_true(report.allowed_layer_share[0][layer] <= 6.0 / 64 + 1e-12);
+        mean += report.allowed_layer_share[0][layer] / 3;
+    }
+    assert_true(fabs(mean - report.allowed_share[0]) < 1e-12);
+    /* Others, but as many. */
+    options.random_experts = true;
+    score(options, &dice, &s, "sst2", 0);
+    assert_true(dice.loss != report.loss);
+    options.active_share = 0;
+    score(options, &dice, &s, "sst2", 0);
+    options.random_experts = false;
+    score(options, &report, &s, "sst2", 0);
+    assert_memory_equal(dice.allowed_layer_share, report.allowed_layer_share,
+                        sizeof dice.allowed_layer_share);
+    assert_true(dice.loss != report.loss);
+
+    options = init;
+    score(options, &exact, &full, "span-corruption", 1);
+    assert_true(isnan(exact.score) && isnan(exact.fidelity) && isnan(exact.constant_score));
+    assert_int_equal(exact.label_flips, -1);
+    assert_true(exact.loss > 0 && exact.loss < log(32128));
+    score(options, &report, &s, "span-corruption", 2);
+    assert_true(report.loss != exact.loss);
+}
+
+static void refuse(const sida_engine_options *options, const char *words) {
+    sida_engine *engine;
+    assert_int_equal(sida_engine_open(&engine, options), SIDA_ERROR_ARGUMENT);
+    if (!strstr(sida_error_message(), words)) fail_msg("%s", sida_error_message());
+}
+
+static void test_refused_options(void **state) {
+    (void)state;
+    sida_engine_options options = SIDA_ENGINE_OPTIONS_INIT;
+    options.model = SAMPLE_MODEL;
+    options.predictor = predictor;
+    options.active_share = 0.4;
+    refuse(&options, "of guided routing, not of exact");
+    options.routing = "guided";
+    options.active_share = 0.015;
+    refuse(&options, "1.5% is 0 of 64 experts");
+    options.active_share = NAN;
+    refuse(&options, "active share nan");
+    options.active_share = 0;
+    options.routing = "exact";
+    options.random_experts = true;
+    refuse(&options, "random experts are a baseline");
+    options.random_experts = false;
+    options.max_new_tokens = 1;
+    sida_engine *engine;
+    sida_report report;
+    sida_job job = SIDA_JOB_INIT;
+    assert_ok(sida_engine_open(&engine, &options));
+    job.score = true;
+    job.format = "text";
+    job.input = SAMPLE_INPUT;
+    assert_int_equal(sida_engine_run(engine, &job, &report), SIDA_ERROR_ARGUMENT);
+    assert_non_null(strstr(sida_error_message(), "no targets to score"));
+    job.format = "sst2";
+    assert_int_equal(sida_engine_run(engine, &job, &report), SIDA_ERROR_ARGUMENT);
+    assert_non_null(strstr(sida_error_message(), "a target of 2 tokens"));
+    job.format = "tsv";
+    job.input = "data/sample/inputs/prose-test.txt";
+    job.limit = 1;
+    assert_int_equal(sida_engine_run(engine, &job, &report), SIDA_ERROR_FORMAT);
+    assert_non_null(strstr(sida_error_message(), "prose-test.txt:1: no target"));
+    sida_engine_close(engine);
+}
+
 static void test_refusals(void **state) {
     (void)state;
     sida_engine *engine;
@@ -257,8 +471,8 @@ int main(void) {
     if (access(SAMPLE_MODEL "/config.json", R_OK) != 0)
         return test_skip("no " SAMPLE_MODEL " in this tree");
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_exact),
-        cmocka_unit_test(test_lossy),
+        cmocka_unit_test(test_exact),    cmocka_unit_test(test_lossy),
+        cmocka_unit_test(test_score),    cmocka_unit_test(test_refused_options),
         cmocka_unit_test(test_refusals),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);

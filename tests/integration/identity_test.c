@@ -271,6 +271,81 @@ static void test_guided_by_all(void **state) {
     reference_free(&ref);
 }
 
+/* Limited sets: whatever the budget, the queue and the batch, the same bytes, which are others than
+ * those of sets without a limit; a limit of all experts is none. */
+static void test_limited(void **state) {
+    rig *r = *state;
+    reference ref;
+    rig_reference(r, &ref, SIDA_ROUTING_GUIDED, 2, 1);
+    sida_fingerprint first = {0};
+    for (int limit = 0; limit < 2; limit++)
+        for (int32_t batch = 1; batch <= 16; batch += 5)
+            for (int b = 0; b < 5; b += 2) {
+                sida_pass_stats stats;
+                int32_t most = limit ? 3 : r->info->experts;
+                rig_assert_ok(rig_pass(r, &stats,
+                                       (sida_pass_options){
+                                           .source = &r->source,
+                                           .routing = SIDA_ROUTING_GUIDED,
+                                           .top_k = 2,
+                                           .most_allowed = most,
+                                           .slots = slots_of(r, budgets[b]),
+                                           .queue = 1 + b,
+                                           .prefetch = b != 2,
+                                           .policy = sida_policy_find(policies[b % 3]),
+                                       },
+                                       batch, (unsigned)(batch + b)));
+                if (limit && batch == 1 && b == 0) first = stats.digest;
+                assert_digest(stats.digest, limit ? first : ref.digest, "limited sets");
+                for (int side = 0; side < 2; side++)
+                    for (int32_t layer = 0; layer < stats.layers[side]; layer++) {
+                        double share = stats.layer_share[side][layer];
+                        assert_true(share >= 0.2 && share <= (limit ? 0.3 : 0.99) + 1e-12);
+                    }
+                assert_int_equal(stats.layers[SIDA_DECODER], r->info->moe_layers[SIDA_DECODER]);
+                sida_pass_stats_free(&stats);
+            }
+    assert_false(sida_fingerprint_equal(first, ref.digest));
+    reference_free(&ref);
+}
+
+/* Tables that take their time: the inference thread is seen to wait for them, and not for the first
+ * ones; and what they take is counted. */
+static void test_slow_tables(void **state) {
+    rig *r = *state;
+    enum { DELAY_MS = 30 };
+    for (int slow = 0; slow < 2; slow++) {
+        sida_pass_stats stats;
+        r->table_delay_ms = slow ? DELAY_MS : 0;
+        rig_assert_ok(rig_pass(r, &stats,
+                               (sida_pass_options){.source = &r->source,
+                                                   .top_k = 2,
+                                                   .slots = r->info->experts,
+                                                   .queue = 1,
+                                                   .prefetch = true,
+                                                   .policy = sida_policy_find("lookahead")},
+                               8, 0));
+        int64_t batches = stats.batches;
+        assert_true(batches >= 3);
+        assert_true(stats.hash_seconds > 0 && stats.batch_seconds > 0);
+        assert_true(stats.table_wait_seconds <= stats.after_first_seconds);
+        assert_true(stats.after_first_seconds <= stats.seconds);
+        assert_true(stats.batch_seconds <= stats.after_first_seconds);
+        assert_true(stats.table_wait_seconds <= stats.inference_wait_seconds);
+        if (slow) {
+            double all = (double)batches * DELAY_MS / 1e3;
+            assert_true(stats.hash_seconds >= all);
+            /* All but the first delay, less what the batches in between took. */
+            assert_true(stats.table_wait_seconds >=
+                        all - DELAY_MS / 1e3 - stats.batch_seconds - 1e-3);
+            assert_true(stats.inference_wait_seconds - stats.store.wait_seconds >=
+                        stats.table_wait_seconds + DELAY_MS / 1e3 - 1e-3);
+        }
+        sida_pass_stats_free(&stats);
+    }
+    r->table_delay_ms = 0;
+}
+
 static sida_status refuse(void *context, const sida_pass_batch *batch) {
     if (++*(int *)context < 3) return SIDA_OK;
     return sida_fail(SIDA_ERROR_CANCELLED, "enough after batch %d", (int)batch->batch->index);
@@ -456,7 +531,8 @@ int main(void) {
         cmocka_unit_test(test_exact_grid),    cmocka_unit_test(test_exact_alone),
         cmocka_unit_test(test_flipped_bit),   cmocka_unit_test(test_host_slab),
         cmocka_unit_test(test_lossy),         cmocka_unit_test(test_resident),
-        cmocka_unit_test(test_guided_by_all), cmocka_unit_test(test_errors),
+        cmocka_unit_test(test_guided_by_all), cmocka_unit_test(test_limited),
+        cmocka_unit_test(test_slow_tables),   cmocka_unit_test(test_errors),
         cmocka_unit_test(test_placed),        cmocka_unit_test(test_other_models),
     };
     return cmocka_run_group_tests(tests, open_rig, close_rig);

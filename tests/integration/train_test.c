@@ -10,6 +10,7 @@
 #include "trainer/train.h"
 
 #include <signal.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -234,11 +235,35 @@ static void resume_refuses(void **state) {
     o.hidden = 32;
     refused(&o, SIDA_ERROR_MISMATCH, "net.hidden");
     o = good;
+    o.bidirectional = true;
+    refused(&o, SIDA_ERROR_MISMATCH, "net.bidirectional");
+    o = good;
+    o.attention = SIDA_NET_SOFTMAX;
+    refused(&o, SIDA_ERROR_MISMATCH, "net.attention");
+    o = good;
     o.tkd = SIDA_TKD_L1_RENORM;
     refused(&o, SIDA_ERROR_MISMATCH, "training.tkd");
     o = good;
+    o.labels = SIDA_LABELS_BEST;
+    refused(&o, SIDA_ERROR_MISMATCH, "training.labels");
+    o = good;
+    o.patience = 2;
+    refused(&o, SIDA_ERROR_MISMATCH, "training.patience");
+    o = good;
     o.trace = valid_path;
     refused(&o, SIDA_ERROR_MISMATCH, "trace");
+    /* An option that only the checkpoint's training had. */
+    assert_int_equal(unlink(checkpoint), 0);
+    worker w = {.options = small_options(), .cancel_step = 3};
+    w.options.output = output_path;
+    w.options.lr = 0.01;
+    w.options.attention = SIDA_NET_SOFTMAX;
+    w.options.on_step = on_step;
+    w.options.context = &w;
+    refused(&w.options, SIDA_ERROR_CANCELLED, "stopped");
+    refused(&good, SIDA_ERROR_MISMATCH, "net.attention \"softmax\", not the default");
+    assert_int_equal(unlink(checkpoint), 0);
+    start((run){.kill = 10});
     /* A damaged one is refused, not used. */
     test_bytes bytes = test_read(checkpoint);
     bytes.data[bytes.size / 2] ^= 1;
@@ -327,6 +352,114 @@ static void better_than_the_table(void **state) {
     unlink(output_path);
 }
 
+/* --- early stopping */
+
+typedef struct early {
+    int64_t steps, cancel_step;
+    int32_t epoch, block_epoch; /* at whose end a folder takes the output's place */
+} early;
+
+static sida_status early_step(void *context, double fraction, int64_t tokens) {
+    early *e = context;
+    (void)fraction, (void)tokens;
+    if (++e->steps == e->cancel_step) return sida_fail(SIDA_ERROR_CANCELLED, "stopped");
+    return SIDA_OK;
+}
+
+static void early_epoch(void *context, const sida_train_epoch *epoch) {
+    early *e = context;
+    e->epoch = epoch->epoch;
+    if (epoch->epoch == e->block_epoch) assert_int_equal(mkdir(output_path, 0700), 0);
+}
+
+/* Ends when `patience` epochs were no better; killed and resumed anywhere, at the same epoch. */
+static void stops_early(void **state) {
+    (void)state;
+    early e = {0};
+    sida_train_options o = small_options();
+    o.output = output_path;
+    o.epochs = 60;
+    o.lr = 0.03;
+    o.schedule = SIDA_SCHEDULE_CONSTANT;
+    o.patience = 2;
+    o.on_step = early_step;
+    o.on_epoch = early_epoch;
+    o.context = &e;
+    json_t *summary = NULL;
+    assert_int_equal(sida_train(&o, &summary), SIDA_OK);
+    const int32_t last = e.epoch;
+    assert_true(last > 3 && last < 60);
+    assert_int_equal(json_integer_value(json_object_get(summary, "epochs")), last);
+    assert_int_equal(json_integer_value(json_object_get(summary, "kept_epoch")), last - 2);
+    json_decref(summary);
+
+    sida_h5_file *file;
+    sida_predictor_meta meta;
+    int64_t epochs, kept, shape[3];
+    float hits[60];
+    assert_int_equal(sida_predictor_file_open(&file, &meta, output_path), SIDA_OK);
+    const json_t *settings = json_object_get(meta.config, "training");
+    assert_int_equal(json_integer_value(json_object_get(settings, "epochs")), 60);
+    assert_int_equal(json_integer_value(json_object_get(settings, "patience")), 2);
+    assert_int_equal(sida_h5_get_i64(file, "epochs", &epochs), SIDA_OK);
+    assert_int_equal(sida_h5_get_i64(file, "kept_epoch", &kept), SIDA_OK);
+    assert_int_equal(epochs, last);
+    assert_int_equal(kept, last - 2);
+    assert_int_equal(sida_h5_shape(file, "curve/hit@1", SIDA_H5_F32, 1, shape), SIDA_OK);
+    assert_int_equal(shape[0], last);
+    assert_int_equal(sida_h5_read_rows(file, "curve/hit@1", SIDA_H5_F32, 0, last, hits), SIDA_OK);
+    /* It had never been out of patience before. */
+    for (int32_t i = 0, best = 0; i < last; i++) {
+        if (hits[i] > hits[best]) best = i;
+        assert_true(i - best < 2 || i == last - 1);
+    }
+    sida_predictor_meta_free(&meta);
+    sida_h5_close(file);
+
+    test_bytes whole = test_read(output_path);
+    assert_int_equal(unlink(output_path), 0);
+    o.resume = true;
+    /* In the middle; in the last epoch; and where all that was left to do was the file. */
+    const int64_t steps = 7 * (int64_t)last, cancels[] = {10, steps - 3, 0};
+    for (int i = 0; i < 3; i++) {
+        e = (early){.cancel_step = cancels[i], .block_epoch = cancels[i] == 0 ? last : 0};
+        assert_int_not_equal(sida_train(&o, NULL), SIDA_OK);
+        assert_int_equal(access(checkpoint, F_OK), 0);
+        assert_int_equal(e.steps, cancels[i] > 0 ? cancels[i] : steps);
+        if (cancels[i] == 0) assert_int_equal(rmdir(output_path), 0);
+        const int64_t done = e.steps;
+        e = (early){0};
+        assert_int_equal(sida_train(&o, NULL), SIDA_OK);
+        assert_int_equal(e.steps, steps - done);
+        test_bytes again = test_read(output_path);
+        assert_int_equal(again.size, whole.size);
+        assert_memory_equal(again.data, whole.data, whole.size);
+        free(again.data);
+        assert_int_equal(unlink(output_path), 0);
+    }
+    free(whole.data);
+}
+
+/* Epochs that are exactly as good as the best are no better. */
+static void stops_where_nothing_moves(void **state) {
+    (void)state;
+    json_t *summary = NULL;
+    sida_train_options o = small_options();
+    o.output = output_path;
+    o.lr = 1e-12;
+    for (int patience = 0; patience < 4; patience++) {
+        o.patience = patience;
+        assert_int_equal(sida_train(&o, &summary), SIDA_OK);
+        assert_int_equal(json_integer_value(json_object_get(summary, "kept_epoch")), 1);
+        assert_int_equal(json_integer_value(json_object_get(summary, "epochs")),
+                         patience == 0 ? 4 : 1 + patience);
+        json_decref(summary);
+    }
+    assert_int_equal(unlink(output_path), 0);
+    o.patience = -1;
+    refused(&o, SIDA_ERROR_ARGUMENT, "range");
+}
+
 int main(int argc, char **argv) {
     if (argc == 9 && strcmp(argv[1], "worker") == 0) return run_worker(argv + 2);
     self = "/proc/self/exe";
@@ -338,6 +471,8 @@ int main(int argc, char **argv) {
                                        cmocka_unit_test(resume_refuses),
                                        cmocka_unit_test(other_options_other_bytes),
                                        cmocka_unit_test(result),
-                                       cmocka_unit_test(better_than_the_table)};
+                                       cmocka_unit_test(better_than_the_table),
+                                       cmocka_unit_test(stops_early),
+                                       cmocka_unit_test(stops_where_nothing_moves)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -1,5 +1,6 @@
 /* Budgets, scores, percentiles and the sets of guided routing. */
 #include "runtime/engine/budget.h"
+#include "runtime/engine/compare.h"
 #include "runtime/engine/routing.h"
 #include "runtime/engine/score.h"
 #include "tests/test.h"
@@ -79,6 +80,9 @@ static void test_score(void **state) {
     sida_score_add(&match, "positive", "positive");
     sida_score_add(&match, "positive", NULL);
     assert_true(sida_score_value(&match) == 0.5);
+    assert_true(sida_score_constant(&match) == 0.5);
+    sida_score_add(&match, "negative", "negative");
+    assert_true(fabs(sida_score_constant(&match) - 0.6) < 1e-12);
     sida_score f1 = sida_score_begin(SIDA_CORPUS_MRPC);
     sida_score_add(&f1, "not_equivalent", "not_equivalent");
     assert_true(sida_score_value(&f1) == 0);
@@ -87,11 +91,35 @@ static void test_score(void **state) {
     sida_score_add(&f1, "equivalent", "not_equivalent");
     sida_score_add(&f1, "rubbish", "equivalent");
     sida_score_add(&f1, "rubbish", "equivalent");
-    /* precision 2/3, recall 2/4 */
+    /* precision 2/3, recall 2/4; of 6 targets 4 positive */
+    assert_true(fabs(sida_score_constant(&f1) - 2.0 * (4.0 / 6) / (4.0 / 6 + 1)) < 1e-12);
     assert_true(fabs(sida_score_value(&f1) - 2.0 * (2.0 / 3) * 0.5 / (2.0 / 3 + 0.5)) < 1e-12);
     sida_score none = sida_score_begin(SIDA_CORPUS_TEXT);
     sida_score_add(&none, "a", "a");
-    assert_true(isnan(sida_score_value(&none)));
+    assert_true(isnan(sida_score_value(&none)) && isnan(sida_score_constant(&none)));
+}
+
+static void test_comparison(void **state) {
+    (void)state;
+    sida_comparison c = {0};
+    static const char *const run[] = {"a", "b", "a", "b", "c", "a"};
+    static const char *const full[] = {"a", "a", "b", "c", "c", "b"};
+    static const char *const target[] = {"a", "a", "a", "a", "a", NULL};
+    for (int i = 0; i < 6; i++)
+        assert_int_equal(sida_comparison_add(&c, run[i], target[i]), SIDA_OK);
+    for (int i = 0; i < 6; i++) sida_comparison_check(&c, full[i], target[i]);
+    assert_int_equal(c.changed, 4);
+    assert_int_equal(c.lost, 1);
+    assert_int_equal(c.gained, 1);
+    sida_comparison_free(&c);
+    /* Binomial tails by hand. */
+    assert_true(sida_mcnemar_p(0, 0) == 1);
+    assert_true(fabs(sida_mcnemar_p(1, 0) - 1) < 1e-12);
+    assert_true(fabs(sida_mcnemar_p(0, 6) - 2.0 / 64) < 1e-12);
+    assert_true(fabs(sida_mcnemar_p(8, 2) - 2.0 * (1 + 10 + 45) / 1024) < 1e-12);
+    assert_true(fabs(sida_mcnemar_p(2, 8) - sida_mcnemar_p(8, 2)) < 1e-15);
+    assert_true(fabs(sida_mcnemar_p(5, 5) - 1) < 1e-12);
+    assert_true(sida_mcnemar_p(3000, 1000) < 1e-200);
 }
 
 static void test_percentile(void **state) {
@@ -185,15 +213,65 @@ static void test_sets(void **state) {
     choose(&sets, &call, false);
     assert_int_equal(experts[0], 4);
     sida_router_sets_end(&sets);
-    assert_int_equal(sets.share_count[0], 4);
-    assert_true(fabs(sets.share_sum[0] - (3 + 2 + 3 + 2) / 5.0) < 1e-12);
-    assert_true(fabs(sets.share_sum[1] - (2 + 4) / 5.0) < 1e-12);
+    assert_int_equal(sets.share_count[0], 2);
+    assert_true(fabs(sets.share_sum[0][0] - (3 + 2) / 5.0) < 1e-12);
+    assert_true(fabs(sets.share_sum[0][1] - (3 + 2) / 5.0) < 1e-12);
+    assert_true(fabs(sets.share_sum[1][0] - (2 + 4) / 5.0) < 1e-12);
     /* A new batch starts from nothing. */
     assert_int_equal(sida_router_sets_begin(&sets, &info, 1), SIDA_OK);
     for (int i = 0; i < 10; i++) assert_int_equal(sets.allowed[0][i], 0);
     sida_router_sets_free(&sets);
     sida_hash_table_free(&table);
     sida_hash_table_free(&step);
+}
+
+static void assert_set(const sida_router_sets *sets, int side, int32_t layer, int32_t sequence,
+                       const char *expected) {
+    const uint8_t *set = sida_router_sets_at(sets, side, layer, sequence);
+    for (int32_t e = 0; e < sets->experts; e++) assert_int_equal(set[e], expected[e] == '1');
+}
+
+/* At most two or three of five experts: those with the largest sums, ties to the lower id. */
+static void test_limited_sets(void **state) {
+    (void)state;
+    const sida_model_info info = {.experts = 5, .moe_layers = {1, 1}};
+    sida_router_sets sets = {.most = 2};
+    sida_hash_table table = {0};
+    assert_int_equal(sida_router_sets_begin(&sets, &info, 2), SIDA_OK);
+    assert_int_equal(sida_hash_table_reserve(&table, SIDA_ENCODER, 1, 2, 4), SIDA_OK);
+    memcpy(table.experts, (uint16_t[]){0, 1, 4, 1, 3, 1, 2, 0}, 8 * sizeof(uint16_t));
+    memcpy(table.alpha, (float[]){.5f, .3f, .6f, .3f, .4f, .1f, .25f, 0}, 8 * sizeof(float));
+    /* Σα² 0: .25, 1: .19 (although Σα is .7), 3: .16, 4: .36 | 2: .0625, 0: 0 */
+    sida_router_sets_add(&sets, &table, (int64_t[]){0, 3, 4});
+    assert_set(&sets, SIDA_ENCODER, 0, 0, "10001");
+    assert_set(&sets, SIDA_ENCODER, 0, 1, "10100"); /* predicted, if with nothing */
+    /* The decoder's sum over steps; sequence 1 has no token in the second. */
+    assert_int_equal(sida_hash_table_reserve(&table, SIDA_DECODER, 1, 2, 2), SIDA_OK);
+    memcpy(table.experts, (uint16_t[]){4, 3, 2, 1}, 4 * sizeof(uint16_t));
+    memcpy(table.alpha, (float[]){.5f, .5f, .5f, .5f}, 4 * sizeof(float));
+    sida_router_sets_add(&sets, &table, (int64_t[]){0, 1, 2});
+    assert_set(&sets, SIDA_DECODER, 0, 0, "00011");
+    assert_set(&sets, SIDA_DECODER, 0, 1, "01100");
+    assert_int_equal(sida_hash_table_reserve(&table, SIDA_DECODER, 1, 2, 1), SIDA_OK);
+    memcpy(table.experts, (uint16_t[]){0, 1}, 2 * sizeof(uint16_t));
+    memcpy(table.alpha, (float[]){.5f, .1f}, 2 * sizeof(float));
+    sida_router_sets_add(&sets, &table, (int64_t[]){0, 1, 1});
+    assert_set(&sets, SIDA_DECODER, 0, 0, "10010"); /* 0, 3 and 4 tie */
+    assert_set(&sets, SIDA_DECODER, 0, 1, "01100");
+    sida_router_sets_end(&sets);
+    assert_true(fabs(sets.share_sum[0][0] - (2 + 2) / 5.0) < 1e-12);
+    /* Fewer than the limit; a new batch has no weights of the last one. */
+    sida_router_sets_free(&sets);
+    sets.most = 3;
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(sida_router_sets_begin(&sets, &info, 1), SIDA_OK);
+        sida_router_sets_add(&sets, &table, (int64_t[]){0, 1});
+        assert_set(&sets, SIDA_DECODER, 0, 0, i == 0 ? "11000" : "01010");
+        assert_set(&sets, SIDA_ENCODER, 0, 0, "00000");
+        table.experts[0] = 3;
+    }
+    sida_router_sets_free(&sets);
+    sida_hash_table_free(&table);
 }
 
 static void test_predicted(void **state) {
@@ -228,7 +306,8 @@ static void test_predicted(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_budget),     cmocka_unit_test(test_score),
-        cmocka_unit_test(test_percentile), cmocka_unit_test(test_sets),
+        cmocka_unit_test(test_comparison), cmocka_unit_test(test_percentile),
+        cmocka_unit_test(test_sets),       cmocka_unit_test(test_limited_sets),
         cmocka_unit_test(test_predicted),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -27,14 +27,20 @@ static void gradients(void **state) {
     sida_backend *backend = open_device();
     static const int32_t layers[3][2] = {{3, 2}, {3, 0}, {0, 2}};
     for (int i = 0; i < 3; i++)
-        for (int part = 0; part < 4; part += 3) {
-            rig_shape shape = rig_default();
-            shape.layers[0] = layers[i][0];
-            shape.layers[1] = layers[i][1];
+        for (int way = 0; way < 2 * RIG_VARIANTS; way++) {
+            int part = way % 2 ? 3 : 0;
+            rig_shape shape = rig_variant(layers[i][0], layers[i][1], way / 2);
             sida_learner_options options = rig_options();
             options.device_batch = part;
             options.tkd = part ? SIDA_TKD_L1_RENORM : SIDA_TKD_REST;
             rig_gradient(backend, sida_learner_create_cuda, shape, options, tolerance);
+            for (int32_t k = 1; way < 2 && k <= 5;
+                 k += 2) { /* 1: a choice that is not the list's first */
+                shape.top_k = k;
+                shape.labels = part ? SIDA_LABELS_WEIGHT : SIDA_LABELS_EVEN;
+                options.tkd = (sida_tkd)((k + 1 + (part > 0)) % SIDA_TKD_KINDS);
+                rig_gradient(backend, sida_learner_create_cuda, shape, options, tolerance);
+            }
         }
     /* More rows than are computed at a time. */
     rig_shape shape = rig_default();
@@ -44,6 +50,7 @@ static void gradients(void **state) {
     sida_learner_options options = rig_options();
     options.batch = 400;
     shape.equal = true;
+    shape.bidirectional = true;
     rig_gradient(backend, sida_learner_create_cuda, shape, options, 5 * tolerance);
     sida_backend_destroy(backend);
 }
@@ -52,6 +59,7 @@ static void curve(void **state) {
     (void)state;
     sida_backend *backend = open_device();
     rig_curve(backend, sida_learner_create_cuda, rig_default(), rig_options(), 1e-3);
+    rig_curve(backend, sida_learner_create_cuda, rig_variant(3, 2, 1), rig_options(), 1e-3);
     sida_backend_destroy(backend);
 }
 
@@ -108,17 +116,18 @@ static void lost_device(void **state) {
 }
 
 /* Every token of every sequence, once, where the maps say that it is. */
-static void input(void **state) {
-    (void)state;
+static void check_input(int32_t top_k, sida_labels labels) {
     sida_backend *backend = open_device();
     rig_shape shape = rig_default();
+    shape.top_k = top_k;
+    shape.labels = labels;
     sida_dataset data = rig_data(shape);
     sida_stream *stream;
     sida_feed *feed;
     int32_t order[64], batch = 9, at_a_time = 4;
     rig_order(order, shape.sequences);
     RIG_OK(sida_stream_create(backend, &stream, SIDA_STREAM_COMPUTE));
-    RIG_OK(sida_feed_create(&feed, backend, &data, batch, at_a_time));
+    RIG_OK(sida_feed_create(&feed, backend, &data, batch, at_a_time, NULL));
     for (int round = 0; round < 2; round++) {
         RIG_OK(sida_feed_begin(feed, order, shape.sequences));
         assert_int_equal(sida_feed_get_limits(feed)->parts, 3);
@@ -132,6 +141,10 @@ static void input(void **state) {
                     const sida_dataset_side *from = &data.sides[side];
                     const sida_feed_side *s = &part->sides[side], *other = &part->sides[!side];
                     int64_t tokens = 0, width = (int64_t)data.layers[side] * data.top;
+                    int64_t chosen = (int64_t)data.layers[side] * top_k;
+                    uint16_t want[3 * 5]; /* of a token: layers, top_k */
+                    float weights[3 * 5];
+                    assert_true((s->labels != NULL) == (top_k > 0));
                     for (int32_t i = 0; i < count; i++) {
                         int32_t q = order[at + i], r = 0;
                         int64_t begin = from->offsets[q], n = from->offsets[q + 1] - begin;
@@ -156,6 +169,12 @@ static void input(void **state) {
                             assert_memory_equal(s->top_logp + source * width,
                                                 from->top_logp + (begin + t) * width,
                                                 (size_t)width * 2);
+                            if (top_k == 0) continue;
+                            sida_dataset_labels(want, weights, &data, side, begin + t, 1);
+                            assert_memory_equal(s->labels + source * chosen, want,
+                                                (size_t)chosen * sizeof *want);
+                            assert_memory_equal(s->label_weights + source * chosen, weights,
+                                                (size_t)chosen * sizeof *weights);
                         }
                         tokens += n;
                     }
@@ -175,10 +194,48 @@ static void input(void **state) {
     sida_backend_destroy(backend);
 }
 
+static void input(void **state) {
+    (void)state;
+    check_input(0, SIDA_LABELS_EVEN);
+    check_input(1, SIDA_LABELS_EVEN);
+    check_input(5, SIDA_LABELS_WEIGHT);
+}
+
+/* A model of one expert that chose the first of each list needs no labels on the device. */
+static void no_labels(void **state) {
+    (void)state;
+    sida_backend *backend = open_device();
+    rig_shape shape = rig_default();
+    shape.top_k = 1;
+    sida_dataset data = rig_data(shape);
+    sida_stream *stream;
+    int32_t order[64];
+    rig_order(order, shape.sequences);
+    RIG_OK(sida_stream_create(backend, &stream, SIDA_STREAM_COMPUTE));
+    for (int other = 0; other < 2; other++) {
+        sida_feed *feed;
+        sida_feed_part *part;
+        for (int side = 0; side < 2; side++)
+            for (int64_t i = 0; i < data.sides[side].tokens * data.layers[side]; i++)
+                data.sides[side].experts[i] = data.sides[side].top_ids[i * data.top];
+        if (other) data.sides[1].experts[3] ^= 1;
+        RIG_OK(sida_feed_create(&feed, backend, &data, 8, 0, NULL));
+        RIG_OK(sida_feed_begin(feed, order, shape.sequences));
+        RIG_OK(sida_feed_take(feed, stream, &part));
+        for (int side = 0; side < 2; side++)
+            assert_true((part->sides[side].labels != NULL) == (other == 1));
+        RIG_OK(sida_feed_give(feed, stream, part));
+        sida_feed_destroy(feed);
+    }
+    sida_stream_destroy(stream);
+    sida_dataset_free(&data);
+    sida_backend_destroy(backend);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(input),      cmocka_unit_test(gradients),
-                                       cmocka_unit_test(curve),      cmocka_unit_test(same_bytes),
-                                       cmocka_unit_test(memory),     cmocka_unit_test(not_finite),
-                                       cmocka_unit_test(lost_device)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(input),      cmocka_unit_test(no_labels),
+                                       cmocka_unit_test(gradients),  cmocka_unit_test(curve),
+                                       cmocka_unit_test(same_bytes), cmocka_unit_test(memory),
+                                       cmocka_unit_test(not_finite), cmocka_unit_test(lost_device)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

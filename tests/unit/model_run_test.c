@@ -508,6 +508,69 @@ static void test_generate_stops(void **state) {
     remove_variant(folder);
 }
 
+typedef struct kept_logits {
+    float rows[32][VOCABULARY];
+    int32_t of[32], count;
+} kept_logits;
+
+static sida_status keep_logits(void *context, int32_t t, int32_t sequence, const float *logits) {
+    kept_logits *k = context;
+    (void)t;
+    memcpy(k->rows[k->count], logits, sizeof k->rows[0]);
+    k->of[k->count++] = sequence;
+    return SIDA_OK;
+}
+
+/* Given targets go in whatever the logits say: each step's logits are those of the same tokens
+ * decoded one a call. */
+static void test_forced(void **state) {
+    (void)state;
+    enum { MOST = 6 };
+    static const int64_t starts[] = {0, 4, 4, 10};
+    static const int32_t words[] = {50, 1, 60, 1, /**/ 40, 41, 42, 43, 44, 45};
+    static const sida_ragged targets = {SEQUENCES, starts, words};
+    int32_t out[SEQUENCES * MOST], counts[SEQUENCES];
+    world w;
+    open_world(&w);
+    const sida_moe_driver *driver = sida_resident_driver(w.resident, NULL, NULL, NULL);
+    kept_logits *seen = calloc(1, sizeof *seen);
+    sida_generate_options options = {
+        .max_new_tokens = MOST, .forced = &targets, .context = seen, .on_logits = keep_logits};
+    OK(sida_run_encode(w.run, &input, driver));
+    OK(sida_run_generate(w.run, &options, driver, out, counts));
+    assert_int_equal(counts[0], 4); /* past the </s> in it */
+    assert_int_equal(counts[1], 0);
+    assert_int_equal(counts[2], 6);
+    assert_int_equal(seen->count, 10);
+    OK(sida_run_encode(w.run, &input, driver));
+    for (int32_t t = 0, row = 0; t < MOST; t++) {
+        int64_t at[SEQUENCES + 1] = {0};
+        int32_t step[SEQUENCES];
+        float logits[SEQUENCES * VOCABULARY];
+        for (int s = 0; s < SEQUENCES; s++) {
+            at[s + 1] = at[s] + (starts[s] + t < starts[s + 1]);
+            if (at[s + 1] > at[s]) step[at[s]] = t == 0 ? 0 : words[starts[s] + t - 1];
+        }
+        OK(sida_run_decode(w.run, &(sida_ragged){SEQUENCES, at, step}, driver));
+        OK(sida_run_read_logits(w.run, 0, at[SEQUENCES], logits));
+        for (int s = 0; s < SEQUENCES; s++) {
+            if (at[s + 1] == at[s]) continue;
+            assert_int_equal(seen->of[row], s);
+            assert_int_equal(out[s * MOST + t], words[starts[s] + t]);
+            assert_memory_equal(seen->rows[row++], logits + at[s] * VOCABULARY,
+                                sizeof seen->rows[0]);
+        }
+    }
+    options.max_new_tokens = 5;
+    OK(sida_run_encode(w.run, &input, driver));
+    assert_int_equal(sida_run_generate(w.run, &options, driver, out, counts), SIDA_ERROR_ARGUMENT);
+    assert_non_null(strstr(sida_last_message(), "a target of 6 tokens"));
+    options.forced = &(sida_ragged){1, starts, words};
+    assert_int_equal(sida_run_generate(w.run, &options, driver, out, counts), SIDA_ERROR_ARGUMENT);
+    free(seen);
+    close_world(&w);
+}
+
 static void expect_refused(const char *find, const char *replace, sida_status want,
                            const char *names) {
     char folder[64];
@@ -537,15 +600,11 @@ static void test_refused_checkpoints(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_waves),
-        cmocka_unit_test(test_ahead),
-        cmocka_unit_test(test_read_backs),
-        cmocka_unit_test(test_hooks),
-        cmocka_unit_test(test_cached_decoding),
-        cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_memory),
-        cmocka_unit_test(test_generate_stops),
-        cmocka_unit_test(test_refused_checkpoints),
+        cmocka_unit_test(test_waves),           cmocka_unit_test(test_ahead),
+        cmocka_unit_test(test_read_backs),      cmocka_unit_test(test_hooks),
+        cmocka_unit_test(test_cached_decoding), cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_memory),          cmocka_unit_test(test_generate_stops),
+        cmocka_unit_test(test_forced),          cmocka_unit_test(test_refused_checkpoints),
     };
     return cmocka_run_group_tests_name("model_run", tests, NULL, NULL);
 }

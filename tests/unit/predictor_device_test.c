@@ -127,6 +127,25 @@ static void one_side(void **state) {
     agrees(&of, 3, SEQUENCES, LONGEST);
 }
 
+/* Two directions and the other attentions, with and without somebody who attends. */
+static void options(void **state) {
+    (void)state;
+    sida_net_config of = config;
+    of.hidden = 22; /* 11 units a direction */
+    of.bidirectional = true;
+    for (int attention = SIDA_NET_SPARSEMAX; attention <= SIDA_NET_NO_ATTENTION; attention++) {
+        of.attention = (sida_net_attention)attention;
+        of.layers[1] = 2;
+        agrees(&of, 3, SEQUENCES, LONGEST);
+        of.layers[1] = 0;
+        agrees(&of, 3, SEQUENCES, LONGEST);
+    }
+    of = config;
+    of.layers[0] = 0;
+    of.attention = SIDA_NET_NO_ATTENTION;
+    agrees(&of, 3, SEQUENCES, LONGEST);
+}
+
 /* More tokens than the embeddings and scores that are in memory at once. */
 static void many_tokens(void **state) {
     (void)state;
@@ -282,8 +301,8 @@ static void two_threads(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(both_sides), cmocka_unit_test(one_side),   cmocka_unit_test(many_tokens),
-        cmocka_unit_test(refusals),   cmocka_unit_test(not_finite), cmocka_unit_test(cap),
-        cmocka_unit_test(no_ops),     cmocka_unit_test(two_threads)};
+        cmocka_unit_test(both_sides),  cmocka_unit_test(one_side), cmocka_unit_test(options),
+        cmocka_unit_test(many_tokens), cmocka_unit_test(refusals), cmocka_unit_test(not_finite),
+        cmocka_unit_test(cap),         cmocka_unit_test(no_ops),   cmocka_unit_test(two_threads)};
     return cmocka_run_group_tests(tests, setup, NULL);
 }

@@ -1,5 +1,5 @@
-/* The export against PyTorch: golden/predictor.safetensors is an export of ours, and
- * golden/predictor_outputs.safetensors what tools/reference/sida_predictor.py makes of it
+/* The export against PyTorch: golden/predictor*.safetensors are exports of ours, and
+ * golden/predictor*_outputs.safetensors what tools/reference/sida_predictor.py makes of them
  * (tools/reference/export_golden.py). Called with "write" it writes the former anew. */
 #include "tests/test.h"
 
@@ -12,18 +12,38 @@
 #include <string.h>
 #include <unistd.h>
 
-static const char export_path[] = "tests/unit/golden/predictor.safetensors";
-static const char outputs_path[] = "tests/unit/golden/predictor_outputs.safetensors";
-
 static char folder[] = "/tmp/sida-export-XXXXXX";
 static char predictor_path[64], output_path[64];
 
-static const sida_net_config config = {.d_model = 10,
-                                       .hidden = 12,
-                                       .lstm_layers = 2,
-                                       .experts = 6,
-                                       .vocabulary = 20,
-                                       .layers = {2, 1}};
+/* The paper's network, and the options of ours. */
+static const struct golden {
+    const char *name;
+    sida_net_config config;
+} goldens[] = {{"predictor",
+                {.d_model = 10,
+                 .hidden = 12,
+                 .lstm_layers = 2,
+                 .experts = 6,
+                 .vocabulary = 20,
+                 .layers = {2, 1}}},
+               {"predictor_softmax",
+                {.d_model = 10,
+                 .hidden = 12,
+                 .lstm_layers = 2,
+                 .experts = 6,
+                 .vocabulary = 20,
+                 .layers = {2, 1},
+                 .attention = SIDA_NET_SOFTMAX,
+                 .bidirectional = true}},
+               {"predictor_none",
+                {.d_model = 10,
+                 .hidden = 12,
+                 .lstm_layers = 1,
+                 .experts = 6,
+                 .vocabulary = 20,
+                 .layers = {2, 1},
+                 .attention = SIDA_NET_NO_ATTENTION}}};
+enum { GOLDENS = sizeof goldens / sizeof *goldens };
 
 static void ok(sida_status status) {
     if (status != SIDA_OK) fail_msg("%s", sida_last_message());
@@ -71,9 +91,9 @@ static float *floats(const tensors *t, const char *name, int64_t count) {
     return values;
 }
 
-static sida_net *make_net(void) {
+static sida_net *make_net(const struct golden *g) {
     sida_net *net;
-    ok(sida_net_create(&net, &config));
+    ok(sida_net_create(&net, &g->config));
     sida_net_initialise(net, 41);
     /* Larger than initial values, so that SparseMax drops keys. */
     for (int64_t i = 0; i < net->parameter_count; i++) net->parameters[i] *= 3;
@@ -84,7 +104,7 @@ static void write_predictor(const sida_net *net, const char *source, sida_h5_kin
                             bool with_config) {
     sida_h5_file *file;
     json_t *root = json_object();
-    if (with_config) json_object_set_new(root, "net", sida_net_config_to_json(&config));
+    if (with_config) json_object_set_new(root, "net", sida_net_config_to_json(&net->config));
     const sida_predictor_meta meta = {{1, 2}, {3, 4}, (char *)(uintptr_t)source, root};
     ok(sida_predictor_file_create(&file, predictor_path, kind, &meta));
     ok(sida_net_write(file, net));
@@ -108,12 +128,13 @@ static int teardown(void **state) {
 }
 
 /* What PyTorch loaded is what we export: the same tensors and meta data, to the byte. */
-static void same_as_golden(void **state) {
-    (void)state;
-    sida_net *net = make_net();
+static void check_export(const struct golden *g) {
+    char golden_path[80];
+    snprintf(golden_path, sizeof golden_path, "tests/unit/golden/%s.safetensors", g->name);
+    sida_net *net = make_net(g);
     write_predictor(net, "lstm", SIDA_H5_PREDICTOR, true);
     ok(sida_predictor_export(output_path, predictor_path));
-    tensors ours = open_tensors(output_path), golden = open_tensors(export_path);
+    tensors ours = open_tensors(output_path), golden = open_tensors(golden_path);
     assert_int_equal(sida_safetensors_count(ours.file), net->tensor_count);
     assert_int_equal(sida_safetensors_count(golden.file), net->tensor_count);
     for (int32_t i = 0; i < net->tensor_count; i++) {
@@ -134,23 +155,37 @@ static void same_as_golden(void **state) {
     assert_string_equal(json_string_value(json_object_get(about, "tokenizer")),
                         "00000000000000030000000000000004");
     json_t *root = json_loads(json_string_value(json_object_get(about, "config")), 0, NULL);
+    json_t *wanted = sida_net_config_to_json(&g->config);
     sida_net_config got;
     ok(sida_net_config_from_json(&got, json_object_get(root, "net"), output_path));
-    assert_memory_equal(&got, &config, sizeof config);
+    json_t *back = sida_net_config_to_json(&got);
+    assert_true(json_equal(back, wanted));
+    assert_int_equal(got.attention, g->config.attention);
+    assert_int_equal(got.bidirectional, g->config.bidirectional);
+    json_decref(back);
+    json_decref(wanted);
     json_decref(root);
     close_tensors(&ours);
     close_tensors(&golden);
     sida_net_destroy(net);
 }
 
-/* The network in C over the same inputs. */
-static void same_outputs(void **state) {
+static void same_as_golden(void **state) {
     (void)state;
+    for (int i = 0; i < GOLDENS; i++) check_export(&goldens[i]);
+}
+
+/* The network in C over the same inputs. */
+static void check_outputs(const struct golden *g) {
     static const char *const names[2] = {"encoder", "decoder"};
+    const sida_net_config *config = &g->config;
+    char outputs_path[80];
+    snprintf(outputs_path, sizeof outputs_path, "tests/unit/golden/%s_outputs.safetensors",
+             g->name);
     tensors golden = open_tensors(outputs_path);
-    float *table = floats(&golden, "embedding", config.vocabulary * config.d_model);
-    const sida_weight embedding = {table, SIDA_F32, config.vocabulary, config.d_model};
-    sida_net *net = make_net();
+    float *table = floats(&golden, "embedding", config->vocabulary * config->d_model);
+    const sida_weight embedding = {table, SIDA_F32, config->vocabulary, config->d_model};
+    sida_net *net = make_net(g);
     sida_net_pass *pass;
     ok(sida_net_pass_create(&pass, net, false));
     for (int side = 0; side < 2; side++) {
@@ -162,7 +197,7 @@ static void same_outputs(void **state) {
         assert_in_range(sequences, 2, 15);
         for (int32_t s = 0; s <= sequences; s++) offsets[s] = (int64_t)values[s];
         free(values);
-        int64_t n = offsets[sequences], row = config.layers[side] * config.experts;
+        int64_t n = offsets[sequences], row = config->layers[side] * config->experts;
         int32_t ids[64];
         assert_in_range(n, 4, 64);
         snprintf(name, sizeof name, "%s.tokens", names[side]);
@@ -179,7 +214,7 @@ static void same_outputs(void **state) {
             worst = fmax(worst, fabs((double)pass->sides[side].logits[i] - (double)expected[i]));
             largest = fmax(largest, fabs((double)expected[i]));
         }
-        printf("%s: off by at most %.2g of %.2g\n", names[side], worst, largest);
+        printf("%s, %s: off by at most %.2g of %.2g\n", g->name, names[side], worst, largest);
         /* Both compute in fp32, in other orders of summing: some 1e-6 of logits of order 1 to 10.
          */
         assert_true(largest > 0.5 && worst < 2e-5);
@@ -191,9 +226,14 @@ static void same_outputs(void **state) {
     close_tensors(&golden);
 }
 
+static void same_outputs(void **state) {
+    (void)state;
+    for (int i = 0; i < GOLDENS; i++) check_outputs(&goldens[i]);
+}
+
 static void bad_input(void **state) {
     (void)state;
-    sida_net *net = make_net();
+    sida_net *net = make_net(&goldens[0]);
     unlink(output_path);
     refused(sida_predictor_export(output_path, "/nonexistent/P.h5"), SIDA_ERROR_IO, "/nonexistent");
     write_predictor(net, "table", SIDA_H5_PREDICTOR, false);
@@ -212,12 +252,17 @@ static void bad_input(void **state) {
 
 int main(int argc, char **argv) {
     if (argc == 2 && strcmp(argv[1], "write") == 0) {
-        sida_net *net = make_net();
         if (setup(NULL) != 0) return 1;
-        write_predictor(net, "lstm", SIDA_H5_PREDICTOR, true);
-        sida_net_destroy(net);
-        sida_status status = sida_predictor_export(export_path, predictor_path);
-        if (status != SIDA_OK) fprintf(stderr, "%s\n", sida_last_message());
+        sida_status status = SIDA_OK;
+        for (int i = 0; i < GOLDENS && status == SIDA_OK; i++) {
+            char path[80];
+            snprintf(path, sizeof path, "tests/unit/golden/%s.safetensors", goldens[i].name);
+            sida_net *net = make_net(&goldens[i]);
+            write_predictor(net, "lstm", SIDA_H5_PREDICTOR, true);
+            sida_net_destroy(net);
+            status = sida_predictor_export(path, predictor_path);
+            if (status != SIDA_OK) fprintf(stderr, "%s\n", sida_last_message());
+        }
         return teardown(NULL) != 0 || status != SIDA_OK;
     }
     const struct CMUnitTest tests[] = {cmocka_unit_test(same_as_golden),

@@ -550,12 +550,79 @@ static void bad_hashes(void **state) {
             "expert 4 of 4");
 }
 
+/* The rows of a table whose ids another one renames, a permutation a sequence. Returns whether any
+ * name changed. */
+static bool renamed(const sida_hash_table *from, const sida_hash_table *to, int64_t first,
+                    int64_t end) {
+    int names[EXPERTS], back[EXPERTS];
+    bool changed = false;
+    for (int e = 0; e < EXPERTS; e++) names[e] = back[e] = -1;
+    for (int64_t i = first * EXPERTS; i < end * EXPERTS; i++) {
+        int a = from->experts[i], b = to->experts[i];
+        assert_true(from->alpha[i] == to->alpha[i]);
+        assert_true((names[a] < 0 || names[a] == b) && (back[b] < 0 || back[b] == a));
+        names[a] = b;
+        back[b] = a;
+        changed |= a != b;
+    }
+    return changed;
+}
+
+static void random_names(void **state) {
+    (void)state;
+    enum { ROWS = 64 };
+    const sida_routed from = seen();
+    sida_hash_source *table, *other[2];
+    int64_t offsets[ROWS + 1], step[ROWS + 1];
+    int32_t ids[3 * ROWS], steps[ROWS];
+    for (int s = 0; s <= ROWS; s++) offsets[s] = 3 * s, step[s] = s;
+    /* Every sequence is another: three digits. */
+    for (int i = 0; i < 3 * ROWS; i++) ids[i] = 3 + (i / 3 >> 2 * (i % 3)) % 4;
+    for (int i = 0; i < ROWS; i++) steps[i] = 4;
+    const sida_ragged input = {ROWS, offsets, ids}, decoded = {ROWS, step, steps};
+    ok(sida_table_source_create(&table, SIDA_TABLE_TOKEN, &from));
+    for (int i = 0; i < 2; i++) {
+        ok(sida_table_source_create(&other[i], SIDA_TABLE_TOKEN, &from));
+        ok(sida_random_source_create(&other[i], other[i], (uint64_t)i));
+        assert_string_equal(other[i]->info.name, "random");
+    }
+    asked plain = ask(table, &input, EXPERTS), a = ask(other[0], &input, EXPERTS),
+          b = ask(other[1], &input, EXPERTS);
+    int counts[EXPERTS] = {0}, changed = 0;
+    for (int s = 0; s < ROWS; s++) {
+        changed += renamed(&plain.table, &a.table, offsets[s], offsets[s + 1]);
+        counts[a.table.experts[offsets[s] * EXPERTS]]++;
+    }
+    assert_true(changed > ROWS / 2);
+    for (int e = 0; e < EXPERTS; e++) assert_in_range(counts[e], 4, 32); /* 16 expected */
+    size_t bytes = (size_t)a.table.tokens * EXPERTS * sizeof *a.table.experts;
+    assert_memory_not_equal(a.table.experts, b.table.experts, bytes);
+    /* A sequence alone gets the same names, and so does each of its decoder's steps. */
+    asked alone = ask(other[0], &(sida_ragged){1, offsets, ids + 3 * 7}, EXPERTS);
+    assert_memory_equal(alone.table.experts, a.table.experts + offsets[7] * EXPERTS,
+                        3 * EXPERTS * sizeof *a.table.experts);
+    sida_hash_table first = {0};
+    ok(sida_hash_decode(other[0], a.state, &decoded, EXPERTS, &first));
+    ok(sida_hash_decode(table, plain.state, &decoded, EXPERTS, &plain.table));
+    for (int s = 0; s < ROWS; s++) renamed(&plain.table, &first, s, s + 1);
+    ok(sida_hash_decode(other[0], a.state, &decoded, EXPERTS, &a.table));
+    assert_memory_equal(first.experts, a.table.experts, ROWS * EXPERTS * sizeof *first.experts);
+    sida_hash_table_free(&first);
+    forget(table, &plain);
+    forget(other[0], &a);
+    forget(other[1], &b);
+    forget(other[0], &alone);
+    sida_hash_source_destroy(table);
+    sida_hash_source_destroy(other[0]);
+    sida_hash_source_destroy(other[1]);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(counts),     cmocka_unit_test(counts_of_several),
         cmocka_unit_test(layer_hash), cmocka_unit_test(router),
         cmocka_unit_test(files),      cmocka_unit_test(fit_refuses),
         cmocka_unit_test(bad_tables), cmocka_unit_test(hostile_tables),
-        cmocka_unit_test(bad_hashes)};
+        cmocka_unit_test(bad_hashes), cmocka_unit_test(random_names)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -229,16 +229,51 @@ static void bytes_decoder_only(void **state) {
     only.layers[0] = 0;
     same_bytes(&only);
 }
+static void bytes_options(void **state) {
+    (void)state;
+    sida_net_config of = config;
+    of.hidden = 22; /* 11 units a direction */
+    of.bidirectional = true;
+    same_bytes(&of);
+    of.attention = SIDA_NET_SOFTMAX;
+    same_bytes(&of);
+    of.attention = SIDA_NET_NO_ATTENTION;
+    same_bytes(&of);
+}
+
+/* With two directions the first token's scores know of the last, without they do not. */
+static void directions(void **state) {
+    (void)state;
+    const int64_t offsets[2] = {0, 4};
+    const int32_t ids[2][4] = {{1, 2, 3, 4}, {1, 2, 3, 5}};
+    sida_net_config of = config;
+    of.attention = SIDA_NET_NO_ATTENTION;
+    of.hidden = 20;
+    for (int both = 0; both < 2; both++) {
+        of.bidirectional = both;
+        sida_net *net = make_net(&of);
+        sida_net_pass *pass;
+        float first[2][3 * EXPERTS];
+        assert_int_equal(sida_net_pass_create(&pass, net, false), SIDA_OK);
+        for (int i = 0; i < 2; i++) {
+            assert_int_equal(sida_net_encode(pass, embedding, &(sida_ragged){1, offsets, ids[i]}),
+                             SIDA_OK);
+            memcpy(first[i], pass->sides[0].logits, sizeof first[i]);
+        }
+        assert_int_equal(memcmp(first[0], first[1], sizeof first[0]) != 0, both);
+        sida_net_pass_destroy(pass);
+        sida_net_destroy(net);
+    }
+}
 
 /* The training pass computes the same numbers, with other products. 1e-4 of logits of order 10: two
  * orders of summing fp32 through two LSTM layers. */
-static void training_pass_agrees(void **state) {
-    (void)state;
+static void passes_agree(const sida_net_config *of) {
     static int64_t offsets[2][SEQUENCES + 1];
     static int32_t ids[2][SEQUENCES * LONGEST];
     make_batch(offsets[0], ids[0], SEQUENCES, LONGEST, 1);
     make_batch(offsets[1], ids[1], SEQUENCES, 9, 2);
-    sida_net *net = make_net(&config);
+    sida_net *net = make_net(of);
     sida_net_pass *pass[2];
     for (int i = 0; i < 2; i++) {
         assert_int_equal(sida_net_pass_create(&pass[i], net, i == 1), SIDA_OK);
@@ -256,6 +291,17 @@ static void training_pass_agrees(void **state) {
     for (int i = 0; i < 2; i++) sida_net_pass_destroy(pass[i]);
     sida_net_destroy(net);
 }
+static void training_pass_agrees(void **state) {
+    (void)state;
+    sida_net_config of = config;
+    passes_agree(&of);
+    of.hidden = 22;
+    of.bidirectional = true;
+    of.attention = SIDA_NET_SOFTMAX;
+    passes_agree(&of);
+    of.attention = SIDA_NET_NO_ATTENTION;
+    passes_agree(&of);
+}
 
 static char path[] = "/tmp/sida-predictor-XXXXXX";
 
@@ -264,6 +310,21 @@ static void write_predictor(const sida_net *net, const sida_net_config *says, co
     json_t *root = json_object();
     if (says) json_object_set_new(root, "net", sida_net_config_to_json(says));
     const sida_predictor_meta meta = {model, tokenizer, (char *)(uintptr_t)source, root};
+    assert_int_equal(sida_predictor_file_create(&file, path, SIDA_H5_PREDICTOR, &meta), SIDA_OK);
+    assert_int_equal(sida_net_write(file, net), SIDA_OK);
+    assert_int_equal(sida_h5_commit(file), SIDA_OK);
+    json_decref(root);
+}
+
+/* With what no writer of ours says; NULL: left out. */
+static void write_options(const sida_net *net, json_t *bidirectional, json_t *attention) {
+    sida_h5_file *file;
+    json_t *object = sida_net_config_to_json(&config), *root = json_object();
+    char source[] = "lstm";
+    if (bidirectional) json_object_set_new(object, "bidirectional", bidirectional);
+    if (attention) json_object_set_new(object, "attention", attention);
+    json_object_set_new(root, "net", object);
+    const sida_predictor_meta meta = {model, tokenizer, source, root};
     assert_int_equal(sida_predictor_file_create(&file, path, SIDA_H5_PREDICTOR, &meta), SIDA_OK);
     assert_int_equal(sida_net_write(file, net), SIDA_OK);
     assert_int_equal(sida_h5_commit(file), SIDA_OK);
@@ -340,6 +401,19 @@ static void files(void **state) {
     write_predictor(net, &wrong, "lstm");
     expect_refusal(model, SIDA_ERROR_FORMAT, "decoder.heads.weight");
     wrong = config;
+    wrong.bidirectional = true; /* of an odd width; of an even one the tensors are missing */
+    write_predictor(net, &wrong, "lstm");
+    expect_refusal(model, SIDA_ERROR_FORMAT, "hidden of 19");
+    wrong.hidden = 20;
+    write_predictor(net, &wrong, "lstm");
+    expect_refusal(model, SIDA_ERROR_FORMAT, "compress.weight");
+    write_options(net, json_integer(1), NULL);
+    expect_refusal(model, SIDA_ERROR_FORMAT, "net.bidirectional");
+    write_options(net, NULL, json_string("hardmax"));
+    expect_refusal(model, SIDA_ERROR_FORMAT, "net.attention is 'hardmax'");
+    write_options(net, NULL, json_integer(1));
+    expect_refusal(model, SIDA_ERROR_FORMAT, "net.attention");
+    wrong = config;
     wrong.lstm_layers = 3;
     write_predictor(net, &wrong, "lstm");
     expect_refusal(model, SIDA_ERROR_FORMAT, "weight_ih_l2");
@@ -386,6 +460,14 @@ static void not_finite(void **state) {
     sida_net_destroy(net);
 }
 
+static int64_t net_size(const sida_net_config *of) {
+    sida_net *net;
+    assert_int_equal(sida_net_create(&net, of), SIDA_OK);
+    int64_t count = net->parameter_count;
+    sida_net_destroy(net);
+    return count;
+}
+
 static void sizes(void **state) {
     (void)state;
     assert_int_equal(sida_net_default_hidden(768), 256);
@@ -395,7 +477,12 @@ static void sizes(void **state) {
     /* The paper's counts: 1.33 M parameters at E = 8 and 1.51 M at 128, six layers, encoder only.
      */
     sida_net *net;
-    sida_net_config paper = {768, 256, 2, 8, 32128, {6, 0}};
+    sida_net_config paper = {.d_model = 768,
+                             .hidden = 256,
+                             .lstm_layers = 2,
+                             .experts = 8,
+                             .vocabulary = 32128,
+                             .layers = {6, 0}};
     assert_int_equal(sida_net_create(&net, &paper), SIDA_OK);
     assert_int_equal(net->parameter_count / 1000, 1327);
     sida_net_destroy(net);
@@ -403,8 +490,19 @@ static void sizes(void **state) {
     assert_int_equal(sida_net_create(&net, &paper), SIDA_OK);
     assert_int_equal(net->parameter_count / 10000, 151);
     sida_net_destroy(net);
+    /* Two directions of half the width: the same input weights, half of the recurrent ones. */
+    int64_t one = net_size(&paper);
+    paper.bidirectional = true;
+    assert_int_equal(net_size(&paper), one - 2 * 2 * 256 * 256);
+    paper.hidden = 255;
+    assert_int_equal(sida_net_create(&net, &paper), SIDA_ERROR_ARGUMENT);
+    assert_non_null(strstr(sida_last_message(), "hidden of 255"));
+    paper.hidden = 256;
     paper.layers[0] = 0;
     assert_int_equal(sida_net_create(&net, &paper), SIDA_ERROR_ARGUMENT);
+    paper.layers[1] = 6;
+    assert_int_equal(sida_net_create(&net, &paper), SIDA_ERROR_ARGUMENT);
+    assert_non_null(strstr(sida_last_message(), "bidirectional"));
 }
 
 int main(void) {
@@ -413,6 +511,8 @@ int main(void) {
                                        cmocka_unit_test(select_ties),
                                        cmocka_unit_test(bytes_encoder_decoder),
                                        cmocka_unit_test(bytes_decoder_only),
+                                       cmocka_unit_test(bytes_options),
+                                       cmocka_unit_test(directions),
                                        cmocka_unit_test(training_pass_agrees),
                                        cmocka_unit_test(files),
                                        cmocka_unit_test(not_finite),

@@ -90,7 +90,12 @@ static void scores(void **state) {
                          .renormalised = true};
     data.sides[0].offsets = offsets[0];
     data.sides[0].ids = ids; /* none of them */
-    data.sides[1] = (sida_dataset_side){3, offsets[1], ids, truth, alpha, dropped, NULL, NULL};
+    data.sides[1] = (sida_dataset_side){.tokens = 3,
+                                        .offsets = offsets[1],
+                                        .ids = ids,
+                                        .experts = truth,
+                                        .alpha = alpha,
+                                        .dropped = dropped};
     sida_hash_source source = {&rotation,
                                {.name = "rotation", .experts = EXPERTS, .layers = {0, 1}}};
     sida_evaluation e;

@@ -3,13 +3,14 @@
  *
  *   bench_lstm SEQUENCES HIDDEN BLOCKS BLOCK LENGTH...
  *
- * Every algorithm in fp32 and with TF32; one that cuDNN refuses for a shape is told on stderr and
- * left out. Prints JSON lines as trainer_torch.py does: a header, then a row a case. A sample is
- * the mean time in a block of BLOCK runs, waited for at its end. */
+ * cuDNN in fp32 and with TF32, and our own kernels; a way that is refused for a shape is told on
+ * stderr and left out. Prints JSON lines as trainer_torch.py does: a header, then a row a case. A
+ * sample is the mean time in a block of BLOCK runs, waited for at its end. */
 #include "formats/base/clock.h"
 #include "formats/base/memory.h"
 #include "formats/base/rng.h"
 #include "runtime/ops/rnn.h"
+#include "runtime/ops/train_ops.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,7 +24,7 @@ typedef struct bench {
     sida_backend *backend;
     sida_stream *stream;
     sida_rnn *rnn;
-    sida_buffer *weights, *d_weights, *x, *y, *d_x, *d_y;
+    sida_buffer *weights, *d_weights, *x, *y, *d_x, *d_y, *indices;
     double *samples_ms; /* [blocks] */
 } bench;
 
@@ -44,7 +45,8 @@ out:
 }
 
 static void close_case(bench *b) {
-    sida_buffer **buffers[] = {&b->weights, &b->d_weights, &b->x, &b->y, &b->d_x, &b->d_y};
+    sida_buffer **buffers[] = {&b->weights, &b->d_weights, &b->x,      &b->y,
+                               &b->d_x,     &b->d_y,       &b->indices};
     if (b->stream) (void)sida_stream_synchronize(b->stream);
     sida_rnn_destroy(b->rnn);
     b->rnn = NULL;
@@ -58,6 +60,7 @@ static sida_status open_case(bench *b) {
     sida_status status = SIDA_OK;
     int64_t items = (int64_t)b->sequences * b->length * b->hidden;
     int32_t *lengths = NULL;
+    const int32_t *starts, *counts;
     SIDA_TRY(sida_rnn_create(&b->rnn, b->stream,
                              &(sida_rnn_options){.hidden = b->hidden,
                                                  .layers = LSTM_LAYERS,
@@ -73,9 +76,21 @@ static sida_status open_case(bench *b) {
     SIDA_TRY(make(b, &b->y, items));
     SIDA_TRY(make(b, &b->d_x, items));
     SIDA_TRY(make(b, &b->d_y, items));
-    SIDA_TRY(SIDA_ALLOC(&lengths, b->sequences, "lengths"));
+    /* lengths, then on the device the ranks, the lengths and the steps. */
+    int64_t indices = 2 * (int64_t)b->sequences + b->length + 1;
+    SIDA_TRY(SIDA_ALLOC(&lengths, indices, "lengths"));
     for (int32_t s = 0; s < b->sequences; s++) lengths[s] = b->length;
     SIDA_TRY(sida_rnn_set_lengths(b->rnn, lengths, b->sequences));
+    for (int32_t s = 0; s < b->sequences; s++) lengths[b->sequences + s] = s;
+    sida_rnn_steps(b->rnn, lengths + 2 * b->sequences);
+    SIDA_TRY(sida_buffer_create(b->backend, &b->indices, SIDA_MEMORY_DEVICE,
+                                (size_t)indices * sizeof *lengths, "indices"));
+    SIDA_TRY(sida_copy(b->stream, b->indices->data, lengths, (size_t)indices * sizeof *lengths));
+    SIDA_TRY(sida_stream_synchronize(b->stream));
+    counts = b->indices->data;
+    starts = counts + b->sequences;
+    sida_rnn_set_rows(b->rnn, &(sida_row_map){starts, starts + b->sequences, counts, b->length},
+                      b->sequences);
 out:
     free(lengths);
     return status;
@@ -95,7 +110,7 @@ out:
 }
 
 static const char *algorithm_name(sida_rnn_algorithm algorithm) {
-    return algorithm == SIDA_RNN_STANDARD ? "standard" : "persistent";
+    return algorithm == SIDA_RNN_STANDARD ? "cudnn" : "cluster";
 }
 
 static sida_status measure(bench *b) {
@@ -127,10 +142,10 @@ static sida_status measure_all(bench *b, const int32_t *lengths, int32_t count) 
     SIDA_TRY(SIDA_ALLOC(&b->samples_ms, b->blocks, "samples"));
     printf("{\"kind\": \"header\", \"device\": \"%s\"}\n", info.name);
     for (int32_t i = 0; i < count; i++)
-        for (int32_t way = 0; way < 4; way++) {
+        for (int32_t way = 0; way < 3; way++) {
             b->length = lengths[i];
-            b->tf32 = way & 1;
-            b->algorithm = way & 2 ? SIDA_RNN_PERSISTENT : SIDA_RNN_STANDARD;
+            b->tf32 = way > 0;
+            b->algorithm = way == 2 ? SIDA_RNN_CLUSTER : SIDA_RNN_STANDARD;
             status = measure(b);
             if (status == SIDA_ERROR_UNSUPPORTED && sida_rnn_built()) {
                 fprintf(stderr, "bench_lstm: left out: %s\n", sida_last_message());

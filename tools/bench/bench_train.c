@@ -135,10 +135,12 @@ static sida_status open_learner(bench *b) {
     b->driver_bytes_before = usage.driver_bytes;
     SIDA_TRY(sida_train_state_create(&b->state, &config, 0.01, 1));
     sida_net_initialise(b->state.net, SEED);
-    SIDA_TRY(sida_learner_create(
-        &b->learner, b->backend, &b->state, &b->data,
-        &(sida_learner_options){
-            .batch = b->batch, .tkd = b->tkd, .lambda = b->lambda, .clip = b->clip}));
+    SIDA_TRY(sida_learner_create(&b->learner, b->backend, &b->state, &b->data,
+                                 &(sida_learner_options){.batch = b->batch,
+                                                         .tkd = b->tkd,
+                                                         .lambda = b->lambda,
+                                                         .clip = b->clip,
+                                                         .tf32 = b->tf32}));
 out:
     return status;
 }

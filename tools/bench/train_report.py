@@ -23,7 +23,7 @@ def step_goals(g, r, experts, length, tkd):
         share = r.memory_share(experts, length, tkd, *names)
         g.add(f"{what}: peak memory over PyTorch's lowest, {count}", share, None, 0.5, "of")
     way, alone = r.lstm(length)
-    g.add(f"{what}: step / LSTM alone ({way})", over(ours, alone), None, 1.4, "of")
+    g.add(f"{what}: step / LSTM alone on cuDNN ({way})", over(ours, alone), None, 1.4, "of")
     shares = r.shares(experts, length)
     g.add(f"{what}: idle", shares and shares["idle"], None, 0.05, "most")
 

@@ -109,12 +109,12 @@ class TrainResults:
     def best_torch(self, experts, length, tkd):
         return min(self.torch(experts, length, tkd).values(), key=lambda c: c.ms, default=None)
 
-    def lstm(self, length):
-        """(way, case) of the fastest LSTM alone, whoever ran it."""
+    def lstm(self, length, own=False):
+        """(way, case) of the fastest LSTM alone on cuDNN, whoever ran it; or our own kernels'."""
         ways = [
             (key.system.removeprefix("lstm-"), case)
             for key, case in self.cases.items()
-            if key.experts == 0 and key.length == length
+            if key.experts == 0 and key.length == length and ("cluster" in key.system) == own
         ]
         return min(ways, key=lambda way: way[1].ms, default=(None, None))
 

@@ -1,25 +1,44 @@
 /* sida eval: measures a hash function on a held-out trace. */
+#include "formats/base/file.h"
+#include "formats/base/memory.h"
 #include "runtime/predictor/sources.h"
 #include "tools/cli/cli.h"
+#include "tools/cli/eval_report.h"
+#include "tools/cli/plot.h"
 #include "tools/cli/router_baseline.h"
-#include "trainer/evaluate.h"
 #include "trainer/fit.h"
 
 #include <stdio.h>
+#include <stdlib.h>
+
+/* Counted from --baseline-trace. */
+static const char *const counted[] = {"table", "popular", "bigram"};
+enum { COUNTED = sizeof counted / sizeof *counted, MOST_BASELINES = 32 };
 
 typedef struct options {
-    const char *trace, *predictor, *baseline, *model;
+    const char *trace, *predictor, *counts, *model, *sequences, *plot;
+    const char *baselines[MOST_BASELINES]; /* predictors */
+    int32_t baseline_count;
     int32_t k; /* 0: the model's own */
     int64_t threads;
     bool json;
     sida_progress progress;
+    sida_eval_row rows[1 + COUNTED + 1 + MOST_BASELINES];
+    int32_t row_count;
 } options;
 
-enum { KEY_TRACE = 256, KEY_PREDICTOR, KEY_BASELINE, KEY_MODEL, KEY_TOP_K, KEY_THREADS, KEY_JSON };
-
-/* What the predictor has to beat. */
-enum { TABLE, POPULAR, BIGRAM, ROUTER, BASELINES };
-static const char *const baseline_names[BASELINES] = {"table", "popular", "bigram", "router"};
+enum {
+    KEY_TRACE = 256,
+    KEY_PREDICTOR,
+    KEY_BASELINE,
+    KEY_BASELINE_TRACE,
+    KEY_MODEL,
+    KEY_TOP_K,
+    KEY_SEQUENCES,
+    KEY_PLOT,
+    KEY_THREADS,
+    KEY_JSON
+};
 
 static const struct argp_option argp_options[] = {
     {"trace", KEY_TRACE, "FILE", 0, "held-out trace", 0},
@@ -28,7 +47,9 @@ static const struct argp_option argp_options[] = {
      "same "
      "inputs",
      0},
-    {"baseline-trace", KEY_BASELINE, "FILE", 0,
+    {"baseline", KEY_BASELINE, "FILE", 0,
+     "also measure this predictor, and by how much the first is better; may be repeated", 0},
+    {"baseline-trace", KEY_BASELINE_TRACE, "FILE", 0,
      "also measure what counting this (training) trace gives: the token-id table, the most popular "
      "experts, the table of (token before, token)",
      0},
@@ -36,6 +57,9 @@ static const struct argp_option argp_options[] = {
      "also measure the model's own routers, untrained, on the normed input embedding", 0},
     {"top-k", KEY_TOP_K, "K", 0,
      "experts predicted a token in set_recall and set_precision (the model's own k)", 0},
+    {"per-sequence", KEY_SEQUENCES, "FILE.tsv", 0,
+     "write the sums of each source, sequence and side to a table", 0},
+    {"plot", KEY_PLOT, "FILE.svg", 0, "draw the hit rates of every layer (needs gnuplot)", 0},
     {"threads", KEY_THREADS, "N", 0, "CPU threads", 0},
     {"json", KEY_JSON, NULL, 0, "print JSON", 0},
     {0}};
@@ -50,7 +74,21 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         o->predictor = text;
         return 0;
     case KEY_BASELINE:
-        o->baseline = text;
+        if (o->baseline_count == MOST_BASELINES) {
+            fprintf(stderr, "%s: --baseline is given more than %d times (see %s --help)\n",
+                    state->name, MOST_BASELINES, state->name);
+            exit(SIDA_EXIT_USAGE);
+        }
+        o->baselines[o->baseline_count++] = text;
+        return 0;
+    case KEY_BASELINE_TRACE:
+        o->counts = text;
+        return 0;
+    case KEY_SEQUENCES:
+        o->sequences = text;
+        return 0;
+    case KEY_PLOT:
+        o->plot = text;
         return 0;
     case KEY_MODEL:
         o->model = text;
@@ -80,16 +118,42 @@ static sida_status on_progress(void *context, double fraction, int64_t tokens) {
     return SIDA_OK;
 }
 
-static sida_status measure_counts(options *o, sida_evaluation out[BASELINES],
-                                  const sida_dataset *data, int32_t k) {
+/* Measures a source as the next row. */
+static sida_status measure(options *o, const char *name, const sida_hash_source *source,
+                           const sida_dataset *data) {
+    sida_status status = SIDA_OK;
+    sida_eval_row *row = &o->rows[o->row_count];
+    row->name = name;
+    SIDA_TRY(
+        sida_evaluate(&row->figures, source, data, o->k > 0 ? o->k : data->top_k, on_progress, o));
+    o->row_count++;
+    if (o->row_count > 1)
+        SIDA_TRY(sida_evaluation_compare(row->better, &o->rows[0].figures, &row->figures));
+out:
+    return status;
+}
+
+/* name: NULL, its kind. */
+static sida_status measure_predictor(options *o, const char *path, const char *name,
+                                     const sida_dataset *data) {
+    sida_status status = SIDA_OK;
+    sida_hash_source *source = NULL;
+    SIDA_TRY(sida_hash_source_open(&source, path, sida_dataset_embedding(data), data->model));
+    SIDA_TRY(measure(o, name ? name : source->info.name, source, data));
+out:
+    sida_hash_source_destroy(source);
+    return status;
+}
+
+static sida_status measure_counts(options *o, const sida_dataset *data) {
     sida_status status = SIDA_OK;
     sida_dataset base = {0};
     sida_hash_source *source = NULL;
-    SIDA_TRY(sida_dataset_load(&base, o->baseline, -1));
+    SIDA_TRY(sida_dataset_load(&base, o->counts, -1));
     SIDA_TRY(sida_dataset_check_pair(data, &base));
-    for (int i = TABLE; i <= BIGRAM; i++) {
-        SIDA_TRY(sida_fit_source(&source, baseline_names[i], 0, 0, &base));
-        SIDA_TRY(sida_evaluate(&out[i], source, data, k, on_progress, o));
+    for (int i = 0; i < COUNTED; i++) {
+        SIDA_TRY(sida_fit_source(&source, counted[i], 0, 0, &base));
+        SIDA_TRY(measure(o, counted[i], source, data));
         sida_hash_source_destroy(source);
         source = NULL;
     }
@@ -99,93 +163,57 @@ out:
     return status;
 }
 
-static sida_status measure_router(options *o, sida_evaluation *out, const sida_dataset *data,
-                                  int32_t k) {
+static sida_status measure_router(options *o, const sida_dataset *data) {
     sida_status status = SIDA_OK;
     sida_hash_source *source = NULL;
     SIDA_TRY(sida_router_baseline(&source, o->model, data));
-    SIDA_TRY(sida_evaluate(out, source, data, k, on_progress, o));
+    SIDA_TRY(measure(o, "router", source, data));
 out:
     sida_hash_source_destroy(source);
     return status;
 }
 
-static void print_slots(const char *label, const sida_scores *s) {
-    printf("%-18s %7.2f %7.2f %7.2f %9.2f %9.2f\n", label, s->slot_recall[0], s->slot_recall[1],
-           s->exact_set, s->weight_recall[0], s->weight_recall[1]);
-}
-
-static void print_scores(const char *label, const sida_scores *s) {
-    printf("%-18s %7.2f %7.2f %7.2f %9.2f %9.2f %9.2f %9.2f\n", label, s->hit[0], s->hit[1],
-           s->hit[2], s->set_recall, s->set_precision, s->set_recall_equal, s->alpha_error);
-}
-
-static void print_rows(const sida_evaluation *e,
-                       void (*print)(const char *label, const sida_scores *s)) {
-    static const char *const sides[2] = {"encoder", "decoder"};
-    char label[40];
-    print("overall", &e->overall);
-    for (int side = 0, at = 0; side < 2; side++) {
-        if (e->layers[side] == 0) continue;
-        print(sides[side], &e->sides[side]);
-        for (int l = 0; l < e->layers[side]; l++) {
-            snprintf(label, sizeof label, "  %s MoE %d", sides[side], l);
-            print(label, &e->per_layer[at++]);
-        }
+static sida_status draw(const options *o) {
+    sida_status status = SIDA_OK;
+    const char **names = NULL;
+    json_t **figures = NULL;
+    SIDA_TRY(SIDA_ALLOC(&names, o->row_count, "a picture"));
+    SIDA_TRY(SIDA_ALLOC(&figures, o->row_count, "a picture"));
+    for (int32_t r = 0; r < o->row_count; r++) {
+        names[r] = o->rows[r].name;
+        figures[r] = sida_evaluation_to_json(&o->rows[r].figures);
     }
-}
-
-static void print_text(const char *name, const sida_evaluation *e) {
-    char title[40];
-    snprintf(title, sizeof title, "%s, %%", name);
-    printf("%-18s %7s %7s %7s %9s %9s %9s %9s\n", title, "hit@1", "hit@3", "hit@5", "recall",
-           "precision", "equal", "alpha err");
-    print_rows(e, print_scores);
-    if (e->chosen == 1) return;
-    snprintf(title, sizeof title, "  its %d experts, %%", e->chosen);
-    printf("%-18s %7s %7s %7s %9s %9s\n", title, "slot@k", "slot@2k", "exact", "weight@k",
-           "weight@2k");
-    print_rows(e, print_slots);
-}
-
-static sida_status print_json(const options *o, const char *source, const sida_evaluation *ours,
-                              const sida_evaluation baselines[BASELINES], int32_t k) {
-    json_t *root = sida_evaluation_to_json(ours), *others = json_object();
-    for (int i = 0; i < BASELINES; i++)
-        if (i == ROUTER ? o->model : o->baseline)
-            json_object_set_new(others, baseline_names[i], sida_evaluation_to_json(&baselines[i]));
-    json_object_set_new(root, "baselines", others);
-    json_object_set_new(root, "source", json_string(source));
-    json_object_set_new(root, "top_k", json_integer(k));
-    return sida_cli_print_json(root);
+    SIDA_TRY(sida_plot_layers(o->plot, names, figures, o->row_count));
+out:
+    for (int32_t r = 0; figures && r < o->row_count; r++) json_decref(figures[r]);
+    free(names);
+    free(figures);
+    return status;
 }
 
 static sida_status evaluate(options *o) {
     sida_status status = SIDA_OK;
     sida_dataset data = {0};
-    sida_hash_source *source = NULL;
-    sida_evaluation ours = {0}, baselines[BASELINES] = {{0}};
-    SIDA_TRY(sida_dataset_load(&data, o->trace, -1));
-    SIDA_TRY(
-        sida_hash_source_open(&source, o->predictor, sida_dataset_embedding(&data), data.model));
-    int32_t k = o->k > 0 ? o->k : data.top_k;
-    SIDA_TRY(sida_evaluate(&ours, source, &data, k, on_progress, o));
-    if (o->baseline) SIDA_TRY(measure_counts(o, baselines, &data, k));
-    if (o->model) SIDA_TRY(measure_router(o, &baselines[ROUTER], &data, k));
+    if (o->plot) SIDA_TRY(sida_plot_check(o->plot));
+    if (o->sequences) SIDA_TRY(sida_file_check_writable(o->sequences));
+    SIDA_TRY(sida_dataset_load(&data, o->trace, SIDA_DATASET_MARGINS));
+    SIDA_TRY(measure_predictor(o, o->predictor, NULL, &data));
+    if (o->counts) SIDA_TRY(measure_counts(o, &data));
+    if (o->model) SIDA_TRY(measure_router(o, &data));
+    for (int32_t i = 0; i < o->baseline_count; i++)
+        SIDA_TRY(measure_predictor(o, o->baselines[i], o->baselines[i], &data));
     sida_progress_end(&o->progress);
+    if (o->sequences) SIDA_TRY(sida_eval_write_sequences(o->rows, o->row_count, o->sequences));
+    if (o->plot) SIDA_TRY(draw(o));
     if (o->json) {
-        SIDA_TRY(print_json(o, source->info.name, &ours, baselines, k));
+        SIDA_TRY(sida_eval_print_json(o->rows, o->row_count, o->trace));
     } else {
-        print_text(source->info.name, &ours);
-        for (int i = 0; i < BASELINES; i++)
-            if (i == ROUTER ? o->model : o->baseline) print_text(baseline_names[i], &baselines[i]);
+        sida_eval_print_text(o->rows, o->row_count);
         SIDA_TRY(sida_cli_flush());
     }
 out:
     sida_progress_end(&o->progress);
-    sida_evaluation_free(&ours);
-    for (int i = 0; i < BASELINES; i++) sida_evaluation_free(&baselines[i]);
-    sida_hash_source_destroy(source);
+    for (int32_t r = 0; r < o->row_count; r++) sida_evaluation_free(&o->rows[r].figures);
     sida_dataset_free(&data);
     return status;
 }
@@ -197,16 +225,20 @@ int sida_cmd_eval(int argc, char **argv) {
         parse,
         NULL,
         "Measures, in per cent, how well a predictor knows the experts of a trace it was not "
-        "trained on. hit@k: the router's best is among the k predicted. recall and precision, "
+        "trained on. The figures are of content tokens: not of a task's fixed words, sentinels, "
+        "</s> and the token that starts the decoder; those of all tokens stand beside. hit@k: the "
+        "router's best is among the k predicted. recall and precision, "
         "over one sequence and layer: used experts that were predicted, predicted (loaded) "
         "experts that were used. equal: the recall where as many experts are loaded as the "
         "sequence used, the most probable ones over its tokens, so that all rows load the same "
         "number. alpha err: mean distance of the predicted factor of the router's best, in "
-        "points. Where a model chooses k experts, also: slot@k, slot@2k: chosen ones among the k "
+        "points, and of a constant, the layer's mean. Better by: mean difference and its 95 % "
+        "interval, paired over sequences by bootstrap. Where a model chooses k experts, also: "
+        "slot@k, slot@2k: chosen ones among the k "
         "and 2 k predicted; exact: tokens whose k predicted are those chosen; weight@k: share of "
         "the applied factors that belongs to predicted experts. Padding is not in a trace; a "
-        "token dropped for capacity counts in hit@k, as the router chose, and uses no expert in "
-        "the sets.",
+        "token dropped for capacity counts in hit@k, as the router chose, uses no expert in the "
+        "sets and has no alpha.",
         NULL,
         NULL,
         NULL};

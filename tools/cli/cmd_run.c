@@ -14,6 +14,10 @@
 
 enum {
     KEY_ROUTING = 0x100,
+    KEY_ACTIVE_SHARE,
+    KEY_RANDOM,
+    KEY_SCORE,
+    KEY_SEED,
     KEY_BUDGET,
     KEY_POLICY,
     KEY_QUEUE,
@@ -33,7 +37,7 @@ typedef struct options {
     sida_engine_options engine;
     sida_job job;
     const char *output;
-    bool json;
+    bool json, new_tokens_given;
     FILE *answers; /* of --output */
     char *temporary;
     sida_progress progress;
@@ -46,12 +50,18 @@ static const struct argp_option argp_options[] = {
      "hash function of `sida train`, of any source; a trace of this input: its own routing, the "
      "oracle; none: experts load on demand",
      1},
-    {"format", 'f', "FORMAT", 0, "text, jsonl, tsv, sst2, mrpc or multirc", 1},
+    {"format", 'f', "FORMAT", 0, "text, jsonl, tsv, sst2, mrpc, multirc or span-corruption", 1},
     {"input", 'i', "FILE", 0, "the records, plain or gzip", 1},
     {"limit", KEY_LIMIT, "N", 0, "stop after N records", 1},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "longest input in tokens (512)", 1},
     {"truncate", KEY_TRUNCATE, 0, 0, "cut longer ones instead of refusing them", 1},
-    {"max-new-tokens", KEY_MAX_NEW_TOKENS, "N", 0, "longest answer in tokens (16)", 1},
+    {"max-new-tokens", KEY_MAX_NEW_TOKENS, "N", 0,
+     "longest answer in tokens (16); with --score the longest target (128)", 1},
+    {"score", KEY_SCORE, 0, 0,
+     "do not answer: how probable is each target, forced token by token? sst2, mrpc, multirc: the "
+     "answer is the more probable label",
+     1},
+    {"seed", KEY_SEED, "N", 0, "span-corruption: which spans are cut out (0)", 1},
     {"batch", 'b', "N", 0, "sequences a batch (1)", 1},
     {0, 0, 0, 0, "Which experts compute", 2},
     {"routing", KEY_ROUTING, "KIND", 0,
@@ -59,6 +69,12 @@ static const struct argp_option argp_options[] = {
      "predicted; predicted: the predictor decides",
      2},
     {"top-k", 'k', "K", 0, "experts predicted a token and layer (3)", 2},
+    {"active-share", KEY_ACTIVE_SHARE, "P%", 0,
+     "guided: at most so many of a layer's experts a sequence, those of its predicted ones that "
+     "would be missed most; wants a --top-k of 5 or more",
+     2},
+    {"random", KEY_RANDOM, "SEED", 0,
+     "guided, predicted: a baseline, as many experts as predicted but drawn at random", 2},
     {"no-compare", KEY_NO_COMPARE, 0, 0, "guided, predicted: leave the full model out", 2},
     {0, 0, 0, 0, "Where experts live", 3},
     {"budget", KEY_BUDGET, "B", 0,
@@ -70,13 +86,28 @@ static const struct argp_option argp_options[] = {
      3},
     {"threads", KEY_THREADS, "N", 0, "CPU threads (all)", 3},
     {0, 0, 0, 0, "What is printed", 4},
-    {"output", 'o', "FILE", 0, "write one answer a line", 4},
+    {"output", 'o', "FILE", 0,
+     "write one answer a line; with --score, between tabs: the answer, -log p of the target, its "
+     "tokens, the target",
+     4},
     {"digest", KEY_DIGEST, 0, 0, "a hash of all raw logits", 4},
     {"json", KEY_JSON, 0, 0, "print the report as JSON", 4},
     {0}};
 
+/* "40%", or "40" */
+static double share_of(struct argp_state *state, const char *text) {
+    char number[32];
+    size_t length = strlen(text);
+    if (length > 1 && text[length - 1] == '%' && length < sizeof number) {
+        snprintf(number, sizeof number, "%.*s", (int)length - 1, text);
+        text = number;
+    }
+    return sida_cli_f64(state, "--active-share", text, 0.001, 100) / 100;
+}
+
 static error_t parse_engine(int key, char *text, struct argp_state *state) {
-    sida_engine_options *e = &((options *)state->input)->engine;
+    options *o = state->input;
+    sida_engine_options *e = &o->engine;
     switch (key) {
     case 'm':
         e->model = text;
@@ -92,6 +123,13 @@ static error_t parse_engine(int key, char *text, struct argp_state *state) {
         return 0;
     case KEY_ROUTING:
         e->routing = text;
+        return 0;
+    case KEY_ACTIVE_SHARE:
+        e->active_share = share_of(state, text);
+        return 0;
+    case KEY_RANDOM:
+        e->random_experts = true;
+        e->random_seed = (uint64_t)sida_cli_i64(state, "--random", text, 0, INT64_MAX);
         return 0;
     case KEY_BUDGET:
         e->budget = text;
@@ -115,6 +153,7 @@ static error_t parse_engine(int key, char *text, struct argp_state *state) {
         e->max_tokens = (int32_t)sida_cli_i64(state, "--max-tokens", text, 2, 65536);
         return 0;
     case KEY_MAX_NEW_TOKENS:
+        o->new_tokens_given = true;
         e->max_new_tokens = (int32_t)sida_cli_i64(state, "--max-new-tokens", text, 1, 65536);
         return 0;
     case KEY_TRUNCATE:
@@ -140,6 +179,12 @@ static error_t parse(int key, char *text, struct argp_state *state) {
     case KEY_LIMIT:
         o->job.limit = sida_cli_i64(state, "--limit", text, 1, INT64_MAX);
         return 0;
+    case KEY_SCORE:
+        o->job.score = true;
+        return 0;
+    case KEY_SEED:
+        o->job.seed = (uint64_t)sida_cli_i64(state, "--seed", text, 0, INT64_MAX);
+        return 0;
     case KEY_DIGEST:
         o->job.digest = true;
         return 0;
@@ -153,6 +198,7 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         sida_cli_require(state, "--model", o->engine.model);
         sida_cli_require(state, "--format", o->job.format);
         sida_cli_require(state, "--input", o->job.input);
+        if (o->job.score && !o->new_tokens_given) o->engine.max_new_tokens = 128;
         return 0;
     default:
         return parse_engine(key, text, state);
@@ -161,12 +207,19 @@ static error_t parse(int key, char *text, struct argp_state *state) {
 
 /* --- while it runs */
 
+/* One answer a line, whatever the model said. */
+static void print_line(FILE *file, const char *text) {
+    for (const char *c = text; *c; c++) putc(*c == '\n' || *c == '\r' ? ' ' : *c, file);
+}
+
 static sida_status on_answer(void *context, const sida_answer *answer) {
     options *o = context;
     if (!o->answers) return SIDA_OK;
-    /* One answer a line, whatever the model said. */
-    for (const char *c = answer->text; *c; c++)
-        putc(*c == '\n' || *c == '\r' ? ' ' : *c, o->answers);
+    print_line(o->answers, answer->text);
+    if (o->job.score) {
+        fprintf(o->answers, "\t%.17g\t%" PRId64 "\t", answer->nll, answer->tokens);
+        print_line(o->answers, answer->target);
+    }
     if (putc('\n', o->answers) != EOF) return SIDA_OK;
     return sida_fail(SIDA_ERROR_IO, "%s: %s", o->temporary, strerror(errno));
 }
@@ -211,6 +264,13 @@ static json_t *number(double value) {
     return isnan(value) ? json_null() : json_real(value);
 }
 
+static json_t *layer_shares(const sida_report *r, int side) {
+    json_t *shares = json_array();
+    for (int32_t layer = 0; layer < r->allowed_layers[side]; layer++)
+        json_array_append_new(shares, json_real(r->allowed_layer_share[side][layer]));
+    return shares;
+}
+
 static json_t *report_json(const options *o, const sida_engine_facts *f, const sida_report *r) {
     json_t *budget = json_pack(
         "{s:s, s:I, s:I, s:I, s:I, s:I, s:I}", "asked",
@@ -219,10 +279,15 @@ static json_t *report_json(const options *o, const sida_engine_facts *f, const s
         (json_int_t)f->workspace_bytes, "predictor_bytes", (json_int_t)f->predictor_bytes,
         "driver_bytes", (json_int_t)f->driver_bytes, "slot_bytes", (json_int_t)f->slot_bytes);
     json_t *all = json_pack(
-        "{s:s, s:o, s:o, s:o, s:I, s:o, s:o}", "routing", o->engine.routing, "score",
-        number(r->score), "full_score", number(r->full_score), "fidelity", number(r->fidelity),
-        "label_flips", (json_int_t)r->label_flips, "allowed_share_encoder",
-        number(r->allowed_share[0]), "allowed_share_decoder", number(r->allowed_share[1]));
+        "{s:s, s:b, s:o, s:o, s:o, s:o, s:I, s:I, s:I, s:o, s:o, s:o, s:I, s:o, s:o, s:o, s:o}",
+        "routing", o->engine.routing, "random", o->engine.random_experts, "score", number(r->score),
+        "full_score", number(r->full_score), "constant_score", number(r->constant_score),
+        "fidelity", number(r->fidelity), "label_flips", (json_int_t)r->label_flips, "answers_lost",
+        (json_int_t)r->answers_lost, "answers_gained", (json_int_t)r->answers_gained, "mcnemar_p",
+        number(r->mcnemar_p), "loss", number(r->loss), "full_loss", number(r->full_loss),
+        "target_tokens", (json_int_t)r->target_tokens, "allowed_share_encoder",
+        number(r->allowed_share[0]), "allowed_share_decoder", number(r->allowed_share[1]),
+        "allowed_layers_encoder", layer_shares(r, 0), "allowed_layers_decoder", layer_shares(r, 1));
     json_t *work =
         json_pack("{s:I, s:I, s:I, s:I, s:I, s:f, s:f, s:{s:f, s:f, s:f}}", "batches",
                   (json_int_t)r->batches, "sequences", (json_int_t)r->sequences, "tokens",
@@ -245,12 +310,18 @@ static json_t *report_json(const options *o, const sida_engine_facts *f, const s
         (json_int_t)r->prefetch_loads, "dropped_prefetches", (json_int_t)r->dropped_prefetches,
         "bytes_moved", (json_int_t)r->bytes_moved, "bytes_wasted", (json_int_t)r->bytes_wasted,
         "wait_ms", "inference", r->wait_ms_inference, "hash", r->wait_ms_hash);
+    json_t *hash =
+        json_pack("{s:f, s:f, s:o, s:o}", "hash_ms_per_batch", r->hash_ms_per_batch,
+                  "inference_ms_per_batch", r->inference_ms_per_batch, "hash_share",
+                  number(r->hash_share), "table_wait_share", number(r->table_wait_share));
     json_object_update(all, work);
     json_object_update(all, memory);
     json_object_update(all, moves);
+    json_object_update(all, hash);
     json_decref(work);
     json_decref(memory);
     json_decref(moves);
+    json_decref(hash);
     if (o->job.digest) json_object_set_new(all, "digest", json_string(r->digest));
     return all;
 }
@@ -286,14 +357,33 @@ static void print_moves(const options *o, const sida_engine_facts *f, const sida
            (double)r->bytes_wasted * mib);
 }
 
+static void print_loss(const sida_report *r) {
+    printf("%-18s %.4f nats a token of %" PRId64 " target tokens", "loss", r->loss,
+           r->target_tokens);
+    if (!isnan(r->full_loss))
+        printf(", full model %.4f: %+.2f %%", r->full_loss, (r->loss / r->full_loss - 1) * 100);
+    putchar('\n');
+}
+
+static void print_allowed(const char *name, const sida_report *r, int side) {
+    printf("%-18s %.2f %%:", name, r->allowed_share[side] * 100);
+    for (int32_t layer = 0; layer < r->allowed_layers[side]; layer++)
+        printf(" %.2f", r->allowed_layer_share[side][layer] * 100);
+    putchar('\n');
+}
+
 static void print_table(const options *o, const sida_engine_facts *f, const sida_report *r) {
     print_share("score", r->score);
     print_share("full model", r->full_score);
     print_share("fidelity", r->fidelity);
-    if (r->label_flips >= 0) printf("%-18s %" PRId64 "\n", "answers changed", r->label_flips);
+    if (r->label_flips >= 0)
+        printf("%-18s %" PRId64 ": %" PRId64 " no longer right, %" PRId64
+               " right now (McNemar p %.3g)\n",
+               "answers changed", r->label_flips, r->answers_lost, r->answers_gained, r->mcnemar_p);
+    if (o->job.score) print_loss(r);
     if (!isnan(r->allowed_share[0])) {
-        print_share("allowed, encoder", r->allowed_share[0]);
-        print_share("allowed, decoder", r->allowed_share[1]);
+        print_allowed("allowed, encoder", r, 0);
+        print_allowed("allowed, decoder", r, 1);
     }
     printf("%-18s %" PRId64 " in %" PRId64 " batches, %" PRId64 " input and %" PRId64
            " generated tokens\n",
@@ -311,6 +401,10 @@ static void print_table(const options *o, const sida_engine_facts *f, const sida
         print_moves(o, f, r);
     printf("%-18s inference %.1f ms, hash building %.1f ms\n", "waits", r->wait_ms_inference,
            r->wait_ms_hash);
+    if (o->engine.predictor && !isnan(r->hash_share))
+        printf("%-18s %.3f ms a batch, %.1f %% of inference; %.2f %% of inference's time waited "
+               "for it after the first batch\n",
+               "predicting", r->hash_ms_per_batch, r->hash_share * 100, r->table_wait_share * 100);
     if (o->job.digest) printf("%-18s %s\n", "digest", r->digest);
 }
 

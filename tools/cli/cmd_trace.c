@@ -28,7 +28,7 @@ typedef struct options {
 
 static const struct argp_option argp_options[] = {
     {"model", 'm', "DIR", 0, "Hugging Face directory of the model", 0},
-    {"format", 'f', "FORMAT", 0, "text, jsonl, tsv, sst2, mrpc or multirc", 0},
+    {"format", 'f', "FORMAT", 0, "text, jsonl, tsv, sst2, mrpc, multirc or span-corruption", 0},
     {"input", 'i', "FILE", 0, "the corpus, plain or gzip", 0},
     {"output", 'o', "T.h5", 0, "the trace", 0},
     {"top", 't', "T", 0, "log-probabilities kept a token and MoE layer (30)", 0},

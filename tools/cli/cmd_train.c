@@ -1,5 +1,6 @@
 /* sida train: fits a hash function to a trace. */
 #include "tools/cli/cli.h"
+#include "tools/cli/plot.h"
 #include "trainer/fit.h"
 #include "trainer/train.h"
 
@@ -12,6 +13,7 @@ typedef struct options {
     sida_progress progress;
     int64_t threads;
     bool json;
+    const char *plot;     /* FILE.svg or NULL */
     const char *stepwise; /* an option that was given and is of the training by steps only */
 } options;
 
@@ -40,7 +42,12 @@ enum {
     KEY_FP32,
     KEY_SOURCE,
     KEY_HASH,
-    KEY_LABELS
+    KEY_LABELS,
+    KEY_PATIENCE,
+    KEY_LSTM_LAYERS,
+    KEY_BIDIRECTIONAL,
+    KEY_ATTENTION,
+    KEY_PLOT
 };
 
 static const struct argp_option argp_options[] = {
@@ -70,18 +77,28 @@ static const struct argp_option argp_options[] = {
     {"top", KEY_TOP, "T", 0, "experts of a token that are distilled (all in the trace)", 1},
     {"hidden", KEY_HIDDEN, "N", 0,
      "width of the predictor (a third of d_model, rounded up to a multiple of 64)", 1},
+    {"lstm-layers", KEY_LSTM_LAYERS, "N", 0, "layers of its LSTM, 1 to 4 (2)", 1},
+    {"bidirectional", KEY_BIDIRECTIONAL, NULL, 0,
+     "run the encoder's LSTM in both directions, each half as wide", 1},
+    {"attention", KEY_ATTENTION, "KIND", 0, "sparsemax (default), softmax or none", 1},
     {"tkd", KEY_TKD, "KIND", 0,
-     "distillation: rest (cross-entropy, what is left of the mass as a class; the default) or "
-     "l1-renorm (the paper's; its row is --tkd l1-renorm --lambda 0.005)",
+     "distillation: a distance (kl, l1, mse) of the experts' shares, -top: normalised inside the "
+     "top "
+     "T, -all: over all, what is outside the top being one class. kl-all is also named rest (the "
+     "default), l1-top l1-renorm (the paper's; its row is --tkd l1-renorm --lambda 0.005)",
      1},
     {"schedule", KEY_SCHEDULE, "KIND", 0, "learning rate: cosine (default) or constant", 1},
     {"warmup", KEY_WARMUP, "N", 0, "steps of rising learning rate (100)", 1},
     {"weight-decay", KEY_WEIGHT_DECAY, "X", 0, "AdamW's weight decay (0.01)", 1},
     {"clip", KEY_CLIP, "X", 0, "largest gradient norm, 0: no limit (1)", 1},
+    {"patience", KEY_PATIENCE, "N", 0,
+     "stop after N epochs on end that were no better on the validation trace (0: never)", 1},
     {"resume", KEY_RESUME, NULL, 0,
      "continue from OUTPUT.checkpoint, to the same bytes; without one, start", 1},
     {"checkpoint-every", KEY_CHECKPOINT_EVERY, "N", 0,
      "steps between checkpoints (0: one after each epoch)", 1},
+    {"plot", KEY_PLOT, "FILE.svg", 0,
+     "draw the training curve and the hit rates of every layer (needs gnuplot)", 1},
     {0, 0, 0, 0, "What is used and printed", 2},
     {"device", KEY_DEVICE, "NAME", 0,
      "cpu, cuda, or auto (default): cuda where a GPU and cuDNN are present", 2},
@@ -94,6 +111,13 @@ static const struct argp_option argp_options[] = {
 
 static int32_t count(struct argp_state *state, const char *option, const char *text, int64_t low) {
     return (int32_t)sida_cli_i64(state, option, text, low, 1 << 30);
+}
+
+static _Noreturn void unknown(struct argp_state *state, const char *option, const char *text,
+                              const char *expected) {
+    fprintf(stderr, "%s: %s '%.40s': expected %s (see %s --help)\n", state->name, option, text,
+            expected, state->name);
+    exit(SIDA_EXIT_USAGE);
 }
 
 /* The index of `text` in a list of two names. */
@@ -168,6 +192,16 @@ static error_t parse(int key, char *text, struct argp_state *state) {
     case KEY_HIDDEN:
         t->hidden = (int32_t)sida_cli_i64(state, "--hidden", text, 1, 16384);
         return 0;
+    case KEY_LSTM_LAYERS:
+        t->lstm_layers = (int32_t)sida_cli_i64(state, "--lstm-layers", text, 1, SIDA_NET_LSTM_MAX);
+        return 0;
+    case KEY_BIDIRECTIONAL:
+        t->bidirectional = true;
+        return 0;
+    case KEY_ATTENTION:
+        if (!sida_net_attention_from_name(&t->attention, text))
+            unknown(state, "--attention", text, "sparsemax, softmax or none");
+        return 0;
     case KEY_SEED:
         t->seed = sida_cli_i64(state, "--seed", text, 0, INT64_MAX);
         return 0;
@@ -175,15 +209,11 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         t->resume = true;
         return 0;
     case KEY_TKD:
-        t->tkd =
-            choice(state, "--tkd", text, "rest", "l1-renorm") ? SIDA_TKD_L1_RENORM : SIDA_TKD_REST;
+        if (!sida_tkd_from_name(&t->tkd, text)) unknown(state, "--tkd", text, sida_tkd_names);
         return 0;
     case KEY_LABELS:
-        if (!sida_labels_from_name(&t->labels, text)) {
-            fprintf(stderr, "%s: --labels '%.40s': expected even, weight or best (see %s --help)\n",
-                    state->name, text, state->name);
-            exit(SIDA_EXIT_USAGE);
-        }
+        if (!sida_labels_from_name(&t->labels, text))
+            unknown(state, "--labels", text, "even, weight or best");
         return 0;
     case KEY_WEIGHT_DECAY:
         t->weight_decay = sida_cli_f64(state, "--weight-decay", text, 0, 100);
@@ -193,6 +223,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         return 0;
     case KEY_CLIP:
         t->clip = sida_cli_f64(state, "--clip", text, 0, 1e12);
+        return 0;
+    case KEY_PATIENCE:
+        t->patience = count(state, "--patience", text, 0);
         return 0;
     case KEY_SCHEDULE:
         t->schedule = choice(state, "--schedule", text, "cosine", "constant")
@@ -204,6 +237,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         return 0;
     case KEY_JSON:
         o->json = true;
+        return 0;
+    case KEY_PLOT:
+        o->plot = text;
         return 0;
     case KEY_CHECKPOINT_EVERY:
         t->checkpoint_every = count(state, "--checkpoint-every", text, 0);
@@ -274,8 +310,12 @@ int sida_cmd_train(int argc, char **argv) {
     o.train.context = &o;
     o.progress = sida_progress_begin("train", "tokens");
     json_t *summary = NULL;
-    sida_status status = sida_train(&o.train, o.json ? &summary : NULL);
+    sida_status status = o.plot ? sida_plot_check(o.plot) : SIDA_OK;
+    if (status == SIDA_OK) status = sida_train(&o.train, o.json || o.plot ? &summary : NULL);
     sida_progress_end(&o.progress);
-    if (status == SIDA_OK && summary) status = sida_cli_print_json(summary);
+    if (status == SIDA_OK && o.plot)
+        status = sida_plot_training(o.plot, o.train.output, json_object_get(summary, "valid"));
+    if (status == SIDA_OK && o.json) status = sida_cli_print_json(json_incref(summary));
+    json_decref(summary);
     return sida_cli_report(status);
 }

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-KNOWN = {"d_model", "hidden", "lstm_layers", "experts", "vocabulary", "layers_encoder", "layers_decoder"}
+SIZES = {"d_model", "hidden", "lstm_layers", "experts", "vocabulary", "layers_encoder", "layers_decoder"}
+OPTIONS = {"bidirectional": False, "attention": "sparsemax"}  # what a file that names none means
 
 
 def sparsemax(z):
@@ -29,13 +30,16 @@ class Predictor(nn.Module):
         with safe_open(path, "pt") as file:
             self.about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        c = self.config = json.loads(self.about["config"])["net"]
-        if set(c) != KNOWN:
-            raise ValueError(f"{path}: a network of other options: {sorted(set(c) ^ KNOWN)}")
+        c = self.config = OPTIONS | json.loads(self.about["config"])["net"]
+        if set(c) != SIZES | set(OPTIONS):
+            raise ValueError(f"{path}: a network of other options: {sorted(set(c) ^ (SIZES | set(OPTIONS)))}")
+        self.weigh = {"sparsemax": sparsemax, "softmax": lambda z: z.softmax(-1), "none": None}[c["attention"]]
         h = c["hidden"]
         for side in ("encoder", "decoder"):
             if c[f"layers_{side}"]:
-                parts = {"compress": nn.Linear(c["d_model"], h), "lstm": nn.LSTM(h, h, c["lstm_layers"]),
+                both = c["bidirectional"] and side == "encoder"
+                lstm = nn.LSTM(h, h // 2 if both else h, c["lstm_layers"], bidirectional=both)
+                parts = {"compress": nn.Linear(c["d_model"], h), "lstm": lstm,
                          "residual": nn.Linear(h, h), "heads": nn.Linear(h, c[f"layers_{side}"] * c["experts"])}
                 self.add_module(side, nn.ModuleDict(parts))
         self.load_state_dict(tensors)
@@ -46,12 +50,14 @@ class Predictor(nn.Module):
             return None, None
         x = part["compress"](e).relu()
         h, _ = part["lstm"](x)
+        if not self.weigh:
+            return part["heads"](part["residual"](x) + h).view(len(e), -1, self.config["experts"]), h
         scores = h @ h.T
         if causal:
             scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
-        o = part["residual"](x) + sparsemax(scores) @ h
+        o = part["residual"](x) + self.weigh(scores) @ h
         if memory is not None and len(memory):
-            o = o + sparsemax(h @ memory.T) @ memory
+            o = o + self.weigh(h @ memory.T) @ memory
         return part["heads"](o).view(len(e), -1, self.config["experts"]), h
 
     def forward(self, source, target):

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Writes tests/grad/golden/train.safetensors: what PyTorch makes of the predictor.
+"""Writes tests/grad/golden/train.safetensors: what PyTorch makes of the predictor; with --options
+train_options.safetensors, of one whose encoder's LSTM has two directions and whose attention is softmax.
 
 A small predictor (encoder and decoder) in plain PyTorch on the CPU in fp32: initial
 tensors, a data set of ragged sequences, for both distillation losses the loss and
@@ -31,10 +32,11 @@ def sparsemax(z):
 
 
 class Trunk(nn.Module):
-    def __init__(self, layers):
+    def __init__(self, layers, both, weigh):
         super().__init__()
         self.compress = nn.Linear(D, H)
-        self.lstm = nn.LSTM(H, H, num_layers=2)
+        self.lstm = nn.LSTM(H, H // 2 if both else H, num_layers=2, bidirectional=both)
+        self.weigh = weigh
         self.residual = nn.Linear(H, H)
         self.heads = nn.Linear(H, layers * E)
         self.layers = layers
@@ -45,19 +47,20 @@ class Trunk(nn.Module):
         h, _ = self.lstm(x)
         o = self.residual(x)
         if causal:
-            rows = [sparsemax(h[i : i + 1] @ h[: i + 1].T) @ h[: i + 1] for i in range(len(h))]
+            rows = [self.weigh(h[i : i + 1] @ h[: i + 1].T) @ h[: i + 1] for i in range(len(h))]
             o = o + torch.cat(rows)
         else:
-            o = o + sparsemax(h @ h.T) @ h
+            o = o + self.weigh(h @ h.T) @ h
         if memory is not None:
-            o = o + sparsemax(h @ memory.T) @ memory
+            o = o + self.weigh(h @ memory.T) @ memory
         return self.heads(o).view(-1, self.layers, E), h
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, options):
         super().__init__()
-        self.encoder, self.decoder = Trunk(LAYERS[0]), Trunk(LAYERS[1])
+        weigh = (lambda z: z.softmax(-1)) if options else sparsemax
+        self.encoder, self.decoder = Trunk(LAYERS[0], options, weigh), Trunk(LAYERS[1], False, weigh)
 
     def forward(self, source, target):
         encoded, h = self.encoder(source, False, None)
@@ -93,11 +96,14 @@ def batch_loss(net, data, table, order, kind):
 def main():
     here = os.path.dirname(os.path.abspath(__file__))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--output", default=os.path.join(here, "../../tests/grad/golden/train.safetensors"))
+    p.add_argument("--options", action="store_true", help="two directions and softmax")
+    p.add_argument("--output")
     a = p.parse_args()
+    name = "train_options.safetensors" if a.options else "train.safetensors"
+    a.output = a.output or os.path.join(here, "../../tests/grad/golden", name)
     torch.manual_seed(7)
     torch.set_num_threads(1)
-    net = Net()
+    net = Net(a.options)
     with torch.no_grad():  # large enough that SparseMax drops keys
         for q in net.parameters():
             q.mul_(2.5)
