@@ -129,13 +129,16 @@ static sida_status mark_content(const sida_batcher *batcher, building *part, int
     bool spans = sida_corpus_get_format(batcher->corpus) == SIDA_CORPUS_SPANS;
     for (size_t i = 0; i < count; i++) flags[i] = !spans || !is_sentinel(batcher, ids[i]);
     flags[count] = 0; /* </s> */
+    const size_t bytes = record->parts > 0 ? strlen(record->input) : 0;
     for (size_t p = 0, at = 0; side == 0 && p < (size_t)record->parts && at < count; p++) {
-        size_t found, end = at;
-        free(before);
-        before = NULL;
-        SIDA_TRY(sida_tokenizer_encode(&before, &found, batcher->tokenizer, record->input,
-                                       record->ends[p]));
-        for (end = 0; end < count && end < found && before[end] == ids[end];) end++;
+        size_t found, end = count;
+        if (record->ends[p] < bytes) { /* else these are the ids */
+            free(before);
+            before = NULL;
+            SIDA_TRY(sida_tokenizer_encode(&before, &found, batcher->tokenizer, record->input,
+                                           record->ends[p]));
+            for (end = 0; end < count && end < found && before[end] == ids[end];) end++;
+        }
         if (end < at) end = at;
         if (p % 2 == 0) memset(flags + at, 0, end - at);
         at = end;

@@ -20,6 +20,13 @@ static inline float sida_bf16_to_f32(uint16_t bits) {
     return value;
 }
 
+/* Round to nearest even, overflow to infinity; value is no NaN. */
+static inline uint16_t sida_bf16_from_f32(float value) {
+    uint32_t wide;
+    memcpy(&wide, &value, sizeof wide);
+    return (uint16_t)((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+}
+
 float sida_f16_to_f32(uint16_t bits);
 uint16_t sida_f16_from_f32(float value); /* round to nearest even; overflow to infinity */
 

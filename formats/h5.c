@@ -183,24 +183,25 @@ sida_status sida_h5_open(sida_h5_file **out, const char *path, unsigned kind_mas
     sida_h5_file *file = NULL;
     bool ours;
     *out = NULL;
-    sida_h5_lock();
     SIDA_TRY(file_alloc(&file, path));
     SIDA_TRY(verify(file, &ours));
     if (ours && ((unsigned)file->kind >= 32 || !(kind_mask >> file->kind & 1)))
         SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: is %s, not what is needed here", path,
                   kind_name(file->kind));
     if (!ours && !foreign) SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: not a file written by sida", path);
-    if (!ours) SIDA_TRY(sida_h5_try_foreign(path, file->bytes));
-    file->id = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
-    if (file->id < 0) {
-        status = sida_h5_fail(SIDA_ERROR_FORMAT, file, "cannot open", "it as HDF5");
-        goto out;
+    sida_h5_lock();
+    if (!ours) status = sida_h5_try_foreign(path, file->bytes);
+    if (status == SIDA_OK) {
+        file->id = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
+        if (file->id < 0)
+            status = sida_h5_fail(SIDA_ERROR_FORMAT, file, "cannot open", "it as HDF5");
     }
+    sida_h5_unlock();
+    if (status != SIDA_OK) goto out;
     *out = file;
     file = NULL;
 out:
     file_free(file);
-    sida_h5_unlock();
     return status;
 }
 

@@ -59,9 +59,9 @@ size_t sida_h5_type_bytes(sida_h5_type type);
 sida_status sida_h5_write(sida_h5_file *file, const char *path, sida_h5_type type, int rank,
                           const int64_t *shape, const void *data);
 /* An extendible dataset along its first axis: row_shape has the other rank - 1 extents (NULL for
- * rank 1). Rows are gathered in memory; a dataset that ends below 32 MiB is written whole and
- * without chunks, a longer one streams in chunks of 1 MiB, so at most 64 MiB a dataset are held. A
- * failed write makes commit() fail. */
+ * rank 1). Rows are gathered in memory; a dataset that ends below 4 MiB (of a part: 32 MiB) is
+ * written whole and without chunks, a longer one streams in chunks of 128 KiB, so at most twice
+ * that much a dataset is held. A failed write makes commit() fail. */
 sida_status sida_h5_append(sida_h5_file *file, const char *path, sida_h5_type type, int rank,
                            const int64_t *row_shape, int64_t rows, const void *data);
 /* Attributes on the root group. */

@@ -1,8 +1,9 @@
 /* Datasets: written whole, appended to, and read by rows.
  *
- * An appended dataset is gathered in memory. If it ends below PENDING_BYTES it is written without
- * chunks, with exactly its size; beyond that it becomes chunked (chunks of 1 MiB, which HDF5 allots
- * whole), so that the waste of the last chunk stays below a thirtieth and a long run streams. */
+ * An appended dataset is gathered in memory. If it ends below pending_bytes() it is written without
+ * chunks, with exactly its size; beyond that it becomes chunked (chunks of 128 KiB, which HDF5
+ * allots whole), so that the waste of the last chunk stays below a thirtieth and a long run
+ * streams. */
 #include "formats/base/memory.h"
 #include "formats/h5_inside.h"
 
@@ -10,13 +11,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define CHUNK_BYTES ((size_t)1 << 20)
-#define PENDING_BYTES ((size_t)32 << 20)
+#define CHUNK_BYTES ((size_t)128 << 10)
 enum { MAX_PATH = 512 };
 
 size_t sida_h5_type_bytes(sida_h5_type type) {
     static const uint8_t bytes[] = {1, 2, 4, 8, 4, 2};
     return bytes[type];
+}
+
+/* A part of a trace has room for all of a usual one: filling it then needs no lock. */
+static size_t pending_bytes(const sida_h5_file *file) {
+    return (size_t)(file->kind == SIDA_H5_PART ? 32 : 4) << 20;
 }
 
 /* A new id for the stored type: little-endian; half precision is IEEE's, as h5py's float16. */
@@ -226,9 +231,22 @@ static sida_status flush_rows(sida_h5_file *file, sida_h5_dataset *dataset, size
     return SIDA_OK;
 }
 
+/* Without the zeroes and the copy of SIDA_GROW: the kernel moves large blocks by their pages. */
+static sida_status reserve(sida_h5_dataset *dataset, size_t bytes) {
+    if (bytes <= dataset->capacity) return SIDA_OK;
+    size_t capacity = 2 * dataset->capacity > bytes ? 2 * dataset->capacity : bytes;
+    uint8_t *pending = realloc(dataset->pending, capacity);
+    if (!pending)
+        return sida_fail(SIDA_ERROR_MEMORY, "%s: out of memory asking for %zu bytes", dataset->path,
+                         capacity);
+    dataset->pending = pending;
+    dataset->capacity = capacity;
+    return SIDA_OK;
+}
+
 static sida_status gather(sida_h5_file *file, sida_h5_dataset *dataset, size_t rows,
                           const uint8_t *data) {
-    size_t row = dataset->row_bytes, limit = row ? PENDING_BYTES / row : rows;
+    size_t row = dataset->row_bytes, limit = row ? pending_bytes(file) / row : rows;
     if (limit < 1) limit = 1;
     if (row == 0) { /* no values, but a number of rows */
         dataset->pending_rows += rows;
@@ -244,8 +262,7 @@ static sida_status gather(sida_h5_file *file, sida_h5_dataset *dataset, size_t r
         }
         size_t take = limit - dataset->pending_rows;
         if (take > rows) take = rows;
-        sida_status status = SIDA_GROW(&dataset->pending, &dataset->capacity,
-                                       (dataset->pending_rows + take) * row, dataset->path);
+        sida_status status = reserve(dataset, (dataset->pending_rows + take) * row);
         if (status != SIDA_OK) return status;
         memcpy(dataset->pending + dataset->pending_rows * row, data, take * row);
         dataset->pending_rows += take;
@@ -369,6 +386,32 @@ out:
     return status;
 }
 
+/* Rows of bytes as u16. HDF5 converts value by value, and ids of experts are most of a trace. */
+static herr_t read_bytes(const sida_h5_dataset *dataset, hsize_t first, hsize_t rows,
+                         uint16_t *data) {
+    enum { BLOCK = 4096 };
+    uint8_t block[BLOCK];
+    size_t count = rows;
+    for (int i = 1; i < dataset->rank; i++) count *= dataset->shape[i];
+    /* Into the second half: what is widened into the first never passes what is still to come. */
+    const uint8_t *bytes = (uint8_t *)data + count;
+    herr_t result = transfer(dataset->id, SIDA_H5_U8, dataset->rank, dataset->shape, first, rows,
+                             (uint8_t *)data + count, NULL);
+    for (size_t at = 0; result >= 0 && at < count; at += BLOCK) {
+        size_t n = count - at < BLOCK ? count - at : BLOCK;
+        memcpy(block, bytes + at, n);
+        for (size_t i = 0; i < n; i++) data[at + i] = block[i];
+    }
+    return result;
+}
+
+static bool is_bytes(const sida_h5_dataset *dataset) {
+    hid_t stored = H5Dget_type(dataset->id);
+    bool bytes = H5Tget_size(stored) == 1;
+    H5Tclose(stored);
+    return bytes;
+}
+
 sida_status sida_h5_read_rows(sida_h5_file *file, const char *path, sida_h5_type type,
                               int64_t first, int64_t rows, void *data) {
     sida_status status = SIDA_OK;
@@ -380,9 +423,11 @@ sida_status sida_h5_read_rows(sida_h5_file *file, const char *path, sida_h5_type
         (uint64_t)rows > dataset->shape[0] - (uint64_t)first)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT, "%s: dataset %s has no rows %lld to %lld", file->path, path,
                   (long long)first, (long long)first + rows);
-    if (transfer(dataset->id, type, dataset->rank, dataset->shape, (hsize_t)first, (hsize_t)rows,
-                 data, NULL) < 0)
-        status = sida_h5_fail(SIDA_ERROR_FORMAT, file, "cannot read dataset", path);
+    herr_t result = type == SIDA_H5_U16 && is_bytes(dataset)
+                        ? read_bytes(dataset, (hsize_t)first, (hsize_t)rows, data)
+                        : transfer(dataset->id, type, dataset->rank, dataset->shape, (hsize_t)first,
+                                   (hsize_t)rows, data, NULL);
+    if (result < 0) status = sida_h5_fail(SIDA_ERROR_FORMAT, file, "cannot read dataset", path);
 out:
     sida_h5_unlock();
     return status;

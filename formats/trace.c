@@ -21,6 +21,8 @@ struct sida_trace_writer {
     int64_t tokens[2], target_tokens;
     int64_t appended[2], sequences; /* sequences so far: of a side, of the fields */
     bool started[2], has_embedding;
+    uint8_t *narrow; /* ids of experts on their way to a dataset of bytes */
+    size_t narrow_capacity;
 };
 
 void sida_trace_info_free(sida_trace_info *info) {
@@ -126,6 +128,27 @@ out:
     return status;
 }
 
+/* Ids of experts: a byte each where all fit. */
+static sida_status append_experts(sida_trace_writer *writer, const char *path, const int64_t *shape,
+                                  int64_t rows, const uint16_t *ids) {
+    const size_t count = (size_t)(rows * shape[0] * shape[1]);
+    sida_status status = SIDA_OK;
+    uint16_t all = 0;
+    if (writer->info.experts > UINT8_MAX + 1)
+        return sida_h5_append(writer->file, path, SIDA_H5_U16, 3, shape, rows, ids);
+    SIDA_TRY(SIDA_GROW(&writer->narrow, &writer->narrow_capacity, count, path));
+    for (size_t i = 0; i < count; i++) {
+        all |= ids[i];
+        writer->narrow[i] = (uint8_t)ids[i];
+    }
+    if (all > UINT8_MAX)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "%s: an expert in %s is not below %d",
+                  sida_h5_path(writer->file), path, writer->info.experts);
+    SIDA_TRY(sida_h5_append(writer->file, path, SIDA_H5_U8, 3, shape, rows, writer->narrow));
+out:
+    return status;
+}
+
 sida_status sida_trace_append_side(sida_trace_writer *writer, int side, int32_t sequences,
                                    const int64_t *lengths, const sida_trace_rows *rows) {
     const sida_trace_info *info = &writer->info;
@@ -148,13 +171,11 @@ sida_status sida_trace_append_side(sida_trace_writer *writer, int side, int32_t 
         SIDA_TRY(
             sida_h5_append(file, paths[SIDA_TRACE_CONTENT], SIDA_H5_U8, 1, NULL, n, rows->content));
     if (layers == 0) goto out;
-    SIDA_TRY(
-        sida_h5_append(file, paths[SIDA_TRACE_EXPERTS], SIDA_H5_U16, 3, chosen, n, rows->experts));
+    SIDA_TRY(append_experts(writer, paths[SIDA_TRACE_EXPERTS], chosen, n, rows->experts));
     SIDA_TRY(sida_h5_append(file, paths[SIDA_TRACE_ALPHA], SIDA_H5_F32, 3, chosen, n, rows->alpha));
     SIDA_TRY(
         sida_h5_append(file, paths[SIDA_TRACE_DROPPED], SIDA_H5_U8, 2, &layers, n, rows->dropped));
-    SIDA_TRY(
-        sida_h5_append(file, paths[SIDA_TRACE_TOP_IDS], SIDA_H5_U16, 3, top, n, rows->top_ids));
+    SIDA_TRY(append_experts(writer, paths[SIDA_TRACE_TOP_IDS], top, n, rows->top_ids));
     SIDA_TRY(
         sida_h5_append(file, paths[SIDA_TRACE_TOP_LOGP], SIDA_H5_F16, 3, top, n, rows->top_logp));
 out:
@@ -226,5 +247,6 @@ out:
 void sida_trace_abandon(sida_trace_writer *writer) {
     if (!writer) return;
     sida_h5_abandon(writer->file);
+    free(writer->narrow);
     free(writer);
 }

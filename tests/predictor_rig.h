@@ -27,6 +27,18 @@ typedef struct rig_batch {
     sida_hash_table full[RIG_STEPS + 1];
 } rig_batch;
 
+/* An LSTM's initial values times `factor`, so that SparseMax drops keys; a Transformer's, half of
+ * whose tensors begin at zero, with noise. */
+static inline void rig_parameters(sida_net *net, float factor) {
+    sida_rng rng = sida_rng_seed(6);
+    sida_net_initialise(net, 5);
+    for (int64_t i = 0; i < net->parameter_count; i++)
+        if (net->config.kind == SIDA_NET_TRANSFORMER)
+            net->parameters[i] += 0.1f * sida_rng_normal(&rng);
+        else
+            net->parameters[i] *= factor;
+}
+
 /* Sequences of 0 … longest tokens; every decoder begins with one token, then sequences stand still,
  * go on by one or two tokens, or have ended. */
 static inline rig_batch rig_make(int32_t sequences, int32_t longest, int32_t vocabulary, int32_t k,

@@ -7,6 +7,8 @@
 #include "runtime/ops/rnn.h"
 #include "runtime/ops/sparsemax.h"
 #include "runtime/ops/train_ops.h"
+#include "runtime/ops/transformer_train.h"
+#include "tests/attention_reference.h"
 #include "tests/test.h"
 #include "trainer/loss.h"
 
@@ -154,6 +156,49 @@ sida_status sida_sparsemax_train_backward_cuda(sida_stream *stream, float *d_que
                                                const sida_sparsemax_train_call *call) {
     (void)stream;
     attend_all(call, d_queries, d_memory, d_out);
+    return SIDA_OK;
+}
+
+/* --- of a Transformer */
+
+sida_status sida_norm_train_backward_cuda(sida_stream *stream, const sida_norm_train_call *call) {
+    (void)stream;
+    reference_norm_backward(call);
+    memset(call->workspace, 0xff, SIDA_COLUMN_SUM_BYTES(call->width));
+    memset(call->d_y, 0xff, (size_t)(call->n * call->width) * sizeof(float));
+    return SIDA_OK;
+}
+
+size_t sida_attention_train_bytes(int32_t sequences, int32_t q_longest, int32_t k_longest,
+                                  int32_t heads, bool backward) {
+    return (size_t)sequences * (size_t)heads * (backward ? 2 : 1) * sizeof(float) *
+           (size_t)(q_longest * (int64_t)k_longest +
+                    (q_longest + 2 * k_longest) * (int64_t)SIDA_ATTENTION_TRAIN_WIDTH);
+}
+
+static void spoil_workspace(const sida_attention_train_call *c, bool backward) {
+    size_t one = sida_attention_train_bytes(1, c->q.longest, c->k.longest, c->heads, backward);
+    assert_true(c->workspace_bytes >= one && (uintptr_t)c->workspace % 256 == 0);
+    memset(c->workspace, 0xff, c->workspace_bytes);
+    for (int32_t s = 0; s < c->sequences; s++)
+        assert_true(c->q.count[s] <= c->q.longest && c->k.count[s] <= c->k.longest);
+}
+
+sida_status sida_attention_train_forward_cuda(sida_stream *stream,
+                                              const sida_attention_train_call *call) {
+    (void)stream;
+    spoil_workspace(call, false);
+    reference_attention(NULL, NULL, NULL, NULL, call);
+    return SIDA_OK;
+}
+
+sida_status sida_attention_train_backward_cuda(sida_stream *stream, float *d_queries,
+                                               float *d_key_value, float *d_positions,
+                                               const float *d_out,
+                                               const sida_attention_train_call *call) {
+    (void)stream;
+    spoil_workspace(call, true);
+    reference_attention(d_queries, d_key_value, d_positions, d_out, call);
     return SIDA_OK;
 }
 

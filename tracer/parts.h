@@ -1,4 +1,4 @@
-/* The parts of an unfinished trace, and their merge. */
+/* The parts of an unfinished trace. */
 #ifndef SIDA_TRACER_PARTS_H
 #define SIDA_TRACER_PARTS_H
 
@@ -28,15 +28,5 @@ sida_status sida_parts_remove(const sida_parts *parts);
  * which differs. */
 sida_status sida_parts_compare(const sida_trace_info *found, const char *path,
                                const sida_trace_info *expected);
-
-/* Called once the token ids that occur are known, with ids ascending: fills rows [count, d_model]
- * of the model's input embedding. */
-typedef sida_status sida_parts_embed_fn(void *context, const int32_t *ids, int32_t count,
-                                        float *rows);
-
-/* Streams all parts into the trace `output`. */
-sida_status sida_parts_merge(const sida_parts *parts, const char *output,
-                             const sida_trace_info *info, sida_parts_embed_fn *embed,
-                             void *embed_context, const sida_tracer_options *options);
 
 #endif

@@ -5,6 +5,7 @@
 #include "formats/base/file.h"
 #include "formats/base/memory.h"
 #include "runtime/model/model.h"
+#include "tracer/merge.h"
 #include "tracer/parts.h"
 #include "tracer/writer.h"
 
@@ -28,6 +29,7 @@ typedef struct tracer {
     sida_parts parts;
     sida_trace_job jobs[SIDA_TRACE_JOBS];
     int32_t job_count;
+    sida_merger *merger;
     sida_part_writer *writer; /* NULL: nothing is recorded */
     int64_t sequences;        /* so far, resumed ones included */
     sida_tracer_report *report;
@@ -131,8 +133,8 @@ static sida_status open_run(tracer *t) {
     t->job_count = o->dry_run ? 1 : SIDA_TRACE_JOBS;
     for (int32_t i = 0; i < t->job_count; i++) SIDA_TRY(open_job(t, &t->jobs[i]));
     if (!o->dry_run)
-        SIDA_TRY(sida_part_writer_create(&t->writer, &t->parts, &t->header, t->jobs, t->job_count,
-                                         o->batch, o->part_tokens));
+        SIDA_TRY(sida_part_writer_create(&t->writer, &t->parts, t->merger, &t->header, t->jobs,
+                                         t->job_count, o->batch, o->part_tokens));
 out:
     return status;
 }
@@ -146,6 +148,7 @@ static void close_job(sida_trace_job *job) {
 }
 
 static void close_all(tracer *t) {
+    sida_merger_abandon(t->merger);
     for (int32_t i = 0; i < t->job_count; i++) close_job(&t->jobs[i]);
     sida_run_destroy(t->run);
     sida_resident_destroy(t->resident);
@@ -335,6 +338,22 @@ out:
     return status;
 }
 
+/* Most parts have been merged while the model ran. */
+static sida_status finish_merge(tracer *t) {
+    const sida_tracer_options *o = t->options;
+    sida_status status = SIDA_OK;
+    for (int32_t i = 0; i < t->parts.count; i++) {
+        SIDA_TRY(sida_merger_wait(t->merger, i));
+        if (o->progress && !o->progress(o->context, "merge", (double)(i + 1) / t->parts.count, 0))
+            SIDA_FAIL(SIDA_ERROR_CANCELLED, "interrupted; --resume goes on from %d finished parts",
+                      t->parts.count);
+    }
+    status = sida_merger_finish(t->merger, embed_ids, t);
+    t->merger = NULL;
+out:
+    return status;
+}
+
 /* The trace is there already, from this very input and these options: then only the parts that a
  * kill left behind are to go. *complete tells. */
 static sida_status check_complete(tracer *t, bool *complete) {
@@ -404,9 +423,10 @@ sida_status sida_tracer_run(const sida_tracer_options *options, sida_tracer_repo
     }
     SIDA_TRY(prepare(&t, &complete));
     if (!complete) {
+        SIDA_TRY(sida_merger_create(&t.merger, &t.parts, options->output, &t.header));
         SIDA_TRY(trace_corpus(&t));
         double begin = sida_clock_seconds();
-        SIDA_TRY(sida_parts_merge(&t.parts, options->output, &t.header, embed_ids, &t, options));
+        SIDA_TRY(finish_merge(&t));
         report->merge_seconds = sida_clock_seconds() - begin;
     }
     SIDA_TRY(sida_parts_remove(&t.parts));

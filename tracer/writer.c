@@ -10,32 +10,52 @@
 
 struct sida_part_writer {
     sida_parts *parts;
+    sida_merger *merger;
     const sida_trace_info *header;
     int64_t part_tokens;
     pthread_t threads[2]; /* gather, commit */
     int started;
     sida_queue *submitted; /* of sida_trace_job, to gather */
     sida_queue *finished;  /* of sida_trace_writer, whole parts to commit */
+    sida_queue *opened;    /* of sida_trace_writer, the next part */
     sida_queue *idle; /* of sida_trace_job; the first thread that fails closes it with its error */
     /* gather's own */
     sida_recorder recorder;
     sida_trace_writer *part; /* at hand; NULL before the first batch */
-    int32_t index;           /* its number */
     int64_t tokens;          /* in it */
     int64_t *lengths;        /* [sequences] */
     uint8_t *generated;      /* [sequences] */
+    int32_t index;           /* the part to open next: gather's before the first, then commit's */
 };
 
 /* --- gather */
 
-static sida_status open_part(const sida_part_writer *w, sida_trace_writer **part, int32_t index) {
+static sida_status open_part(sida_part_writer *w, sida_trace_writer **part) {
     sida_status status = SIDA_OK;
     char *name = NULL;
     SIDA_TRY(sida_parts_create_folder(w->parts));
-    SIDA_TRY(sida_parts_name(&name, w->parts, index));
+    SIDA_TRY(sida_parts_name(&name, w->parts, w->index));
     SIDA_TRY(sida_trace_create(part, name, SIDA_H5_PART, w->header));
+    w->index++;
 out:
     free(name);
+    return status;
+}
+
+static sida_status open_next(sida_part_writer *w) {
+    sida_trace_writer *next = NULL;
+    sida_status status = open_part(w, &next);
+    if (status == SIDA_OK) status = sida_queue_push(w->opened, next, NULL);
+    if (status != SIDA_OK) sida_trace_abandon(next);
+    return status;
+}
+
+static sida_status open_first(sida_part_writer *w) {
+    sida_status status = SIDA_OK;
+    if (w->part) return SIDA_OK;
+    SIDA_TRY(open_part(w, &w->part));
+    SIDA_TRY(open_next(w));
+out:
     return status;
 }
 
@@ -60,7 +80,7 @@ static sida_status append_batch(sida_part_writer *w, const sida_trace_job *job) 
     const sida_ragged *input = &batch->input;
     const bool has_targets = w->header->has_targets;
     SIDA_TRY(sida_recording_wait(job->recording));
-    if (!w->part) SIDA_TRY(open_part(w, &w->part, w->index));
+    SIDA_TRY(open_first(w));
     for (int32_t s = 0; s < input->sequences; s++)
         w->lengths[s] = input->offsets[s + 1] - input->offsets[s];
     memset(w->generated, !has_targets, (size_t)input->sequences);
@@ -75,16 +95,15 @@ out:
     return status;
 }
 
-/* The next part is opened before this one is on its way: while that is written HDF5's lock is
- * taken, and filling a part that is open needs none. */
+/* The next part has been opened by commit: HDF5's lock is often taken, and filling a part that is
+ * open needs none. */
 static sida_status finish_part(sida_part_writer *w) {
     sida_status status = SIDA_OK;
-    sida_trace_writer *next = NULL;
-    SIDA_TRY(open_part(w, &next, w->index + 1));
+    void *next = NULL;
+    SIDA_TRY(sida_queue_pop(w->opened, &next, NULL));
     SIDA_TRY(sida_queue_push(w->finished, w->part, NULL)); /* or commit failed and has said so */
     w->part = next;
     next = NULL;
-    w->index++;
     w->tokens = 0;
 out:
     sida_trace_abandon(next);
@@ -130,11 +149,13 @@ static void *commit_parts(void *context) {
         SIDA_TRY(sida_queue_pop(w->finished, &item, NULL));
         if (!item) break;
         SIDA_TRY(sida_trace_commit(item));
-        w->parts->count++;
+        SIDA_TRY(sida_merger_add(w->merger, w->parts->count++));
+        SIDA_TRY(open_next(w));
     }
 out:
     if (status != SIDA_OK) {
         sida_queue_close(w->idle, status);
+        sida_queue_close(w->opened, status);
         sida_queue_close(w->finished, status);
     }
     return NULL;
@@ -149,7 +170,7 @@ static sida_status start(sida_part_writer *w, void *(*run)(void *context)) {
     return SIDA_OK;
 }
 
-sida_status sida_part_writer_create(sida_part_writer **out, sida_parts *parts,
+sida_status sida_part_writer_create(sida_part_writer **out, sida_parts *parts, sida_merger *merger,
                                     const sida_trace_info *header, sida_trace_job *jobs,
                                     int32_t job_count, int32_t sequences, int64_t part_tokens) {
     sida_status status = SIDA_OK;
@@ -157,6 +178,7 @@ sida_status sida_part_writer_create(sida_part_writer **out, sida_parts *parts,
     *out = NULL;
     SIDA_TRY(SIDA_ALLOC(&w, 1, "writing the trace"));
     w->parts = parts;
+    w->merger = merger;
     w->header = header;
     w->part_tokens = part_tokens;
     w->index = parts->count;
@@ -166,6 +188,7 @@ sida_status sida_part_writer_create(sida_part_writer **out, sida_parts *parts,
     SIDA_TRY(sida_queue_create(&w->submitted, (size_t)job_count));
     SIDA_TRY(sida_queue_create(&w->idle, (size_t)job_count));
     SIDA_TRY(sida_queue_create(&w->finished, 1));
+    SIDA_TRY(sida_queue_create(&w->opened, 2)); /* behind the last part nobody takes one */
     for (int32_t i = 0; i < job_count; i++) SIDA_TRY(sida_queue_push(w->idle, &jobs[i], NULL));
     SIDA_TRY(start(w, gather_batches));
     SIDA_TRY(start(w, commit_parts));
@@ -197,6 +220,7 @@ sida_status sida_part_writer_finish(sida_part_writer *w, sida_status reason) {
     for (int i = 0; i < w->started; i++) pthread_join(w->threads[i], NULL);
     /* Parts that nobody commits any more. */
     while (w->finished && (item = sida_queue_drain(w->finished))) sida_trace_abandon(item);
+    while (w->opened && (item = sida_queue_drain(w->opened))) sida_trace_abandon(item);
     if (reason == SIDA_OK) {
         sida_queue_close(w->idle, SIDA_OK); /* unless a thread has, with its error */
         status = sida_queue_pop(w->idle, &item, NULL);
@@ -204,6 +228,7 @@ sida_status sida_part_writer_finish(sida_part_writer *w, sida_status reason) {
     sida_queue_destroy(w->submitted);
     sida_queue_destroy(w->idle);
     sida_queue_destroy(w->finished);
+    sida_queue_destroy(w->opened);
     sida_recorder_free(&w->recorder);
     free(w->lengths);
     free(w->generated);

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { buffers = 2, alignment = 256 };
+enum { buffers = 3, alignment = 256 };
 
 /* A sequence of a part: where it is in the part, and its rank. */
 typedef struct place {

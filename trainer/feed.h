@@ -1,7 +1,7 @@
 /* Minibatches for a device, prepared ahead: a thread copies them out of the data into pinned
  * buffers, in the order of rows that the LSTM takes (runtime/ops/rnn.h), and a copy stream uploads
- * the next one while the last is computed. Two buffers on each side; nothing is allocated once
- * begin() has returned.
+ * the next one while the last is computed. Three buffers on each side, since two steps are on their
+ * way while a third is issued; nothing is allocated once begin() has returned.
  *
  * A batch is what the CPU's trainer has as a batch. It is cut into parts, whose sequences are
  * computed at a time. */

@@ -1,4 +1,4 @@
-#include "trainer/gradient.h"
+#include "trainer/gradient_private.h"
 
 #include "formats/base/memory.h"
 #include "runtime/ops/gemm.h"
@@ -13,9 +13,8 @@ void sida_gradient_workspace_free(sida_gradient_workspace *workspace) {
     *workspace = (sida_gradient_workspace){0};
 }
 
-/* d_x += d_y W, and the gradients of W and of its bias. */
-static void linear_backward(sida_net_linear *gradient, const sida_net_linear *layer, float *d_x,
-                            const float *d_y, const float *x, int64_t n) {
+void sida_gradient_linear(sida_net_linear *gradient, const sida_net_linear *layer, float *d_x,
+                          const float *d_y, const float *x, int64_t n) {
     sida_linear_backward_cpu(&(sida_linear_backward_call){.d_x = d_x,
                                                           .d_weight = gradient->weight,
                                                           .d_bias = gradient->bias,
@@ -25,9 +24,17 @@ static void linear_backward(sida_net_linear *gradient, const sida_net_linear *la
                                                           .n = n});
 }
 
-static void relu_backward(float *d, const float *activated, int64_t count) {
+void sida_gradient_relu(float *d, const float *activated, int64_t count) {
     for (int64_t i = 0; i < count; i++)
         if (activated[i] == 0) d[i] = 0;
+}
+
+sida_status sida_gradient_reserve(sida_gradient_workspace *workspace, size_t items) {
+    if (workspace->block && items <= workspace->items) return SIDA_OK;
+    sida_gradient_workspace_free(workspace);
+    sida_status status = SIDA_ALLOC(&workspace->block, items, "the gradients of a batch");
+    if (status == SIDA_OK) workspace->items = items;
+    return status;
 }
 
 /* The blocks of one side's gradients, [n, hidden] each unless said otherwise. */
@@ -90,7 +97,7 @@ static sida_status lstm_backward(sida_net *gradient, const sida_net_pass *pass, 
                                            .offsets = a->offsets,
                                            .reverse = way == 1,
                                            .workspace = b->workspace}));
-            linear_backward(&to->input[cell], &trunk->input[cell], below, b->gates, x, n);
+            sida_gradient_linear(&to->input[cell], &trunk->input[cell], below, b->gates, x, n);
         }
         above = below;
     }
@@ -111,15 +118,16 @@ static sida_status side_backward(sida_net *gradient, const sida_net_pass *pass, 
     size_t bytes = (size_t)(n * h) * sizeof(float);
     memset(b->mixed, 0, bytes);
     memset(b->compressed, 0, bytes);
-    linear_backward(&to->heads, &trunk->heads, b->mixed, d_logits, a->mixed, n);
-    linear_backward(&to->residual, &trunk->residual, b->compressed, b->mixed, a->compressed, n);
+    sida_gradient_linear(&to->heads, &trunk->heads, b->mixed, d_logits, a->mixed, n);
+    sida_gradient_linear(&to->residual, &trunk->residual, b->compressed, b->mixed, a->compressed,
+                         n);
     if (c->attention == SIDA_NET_NO_ATTENTION) /* o = h + …, and nothing else reads h */
         memcpy(d_out, b->mixed, bytes);
     else
         SIDA_TRY(attention_backward(pass, side, d_out, d_encoder, b->mixed));
     SIDA_TRY(lstm_backward(gradient, pass, side, d_out, b));
-    relu_backward(b->compressed, a->compressed, n * h);
-    linear_backward(&to->compress, &trunk->compress, NULL, b->compressed, a->embedded, n);
+    sida_gradient_relu(b->compressed, a->compressed, n * h);
+    sida_gradient_linear(&to->compress, &trunk->compress, NULL, b->compressed, a->embedded, n);
 out:
     return status;
 }
@@ -135,6 +143,8 @@ sida_status sida_gradient_add(sida_net *gradient, sida_gradient_workspace *works
     sida_status status = SIDA_OK;
     const sida_net *net = pass->net;
     assert(pass->training && gradient->parameter_count == net->parameter_count);
+    if (net->config.kind == SIDA_NET_TRANSFORMER)
+        return sida_gradient_add_transformer(gradient, workspace, pass, d_logits);
     int64_t h = net->config.hidden, tokens[2] = {0, 0}, most = 0;
     for (int side = 0; side < 2; side++) {
         if (!d_logits[side]) continue;
@@ -144,11 +154,7 @@ sida_status sida_gradient_add(sida_net *gradient, sida_gradient_workspace *works
     }
     size_t rows =
         (size_t)tokens[0] + (size_t)tokens[1] + 9 * (size_t)most + 6 * (size_t)pass->sequences;
-    if (!workspace->block || rows * (size_t)h > workspace->items) {
-        sida_gradient_workspace_free(workspace);
-        SIDA_TRY(SIDA_ALLOC(&workspace->block, rows * (size_t)h, "the gradients of a batch"));
-        workspace->items = rows * (size_t)h;
-    }
+    SIDA_TRY(sida_gradient_reserve(workspace, rows * (size_t)h));
     float *next = workspace->block;
     float *d_out[2] = {take(&next, tokens[0] * h), take(&next, tokens[1] * h)};
     side_blocks blocks = {.mixed = take(&next, most * h),

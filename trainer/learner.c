@@ -9,11 +9,11 @@ static bool on_cuda(const sida_backend *backend) {
 }
 #endif
 
-sida_status sida_learner_check(sida_backend *backend) {
+sida_status sida_learner_check(sida_backend *backend, sida_net_kind kind) {
 #ifdef SIDA_HAVE_CUDA
-    if (on_cuda(backend)) return sida_learner_check_cuda(backend);
+    if (on_cuda(backend)) return sida_learner_check_cuda(backend, kind);
 #else
-    (void)backend; /* there is none but the CPU's */
+    (void)backend, (void)kind; /* there is none but the CPU's */
 #endif
     return SIDA_OK;
 }

@@ -21,8 +21,9 @@ typedef struct sida_learner_options {
     bool tf32;   /* a device may round the factors of products to TF32 */
 } sida_learner_options;
 
-/* Whether a learner can run there: UNSUPPORTED or DEVICE, with what is missing, where it cannot. */
-sida_status sida_learner_check(sida_backend *backend);
+/* Whether a learner of such a network can run there: UNSUPPORTED or DEVICE, with what is missing,
+ * where it cannot. */
+sida_status sida_learner_check(sida_backend *backend, sida_net_kind kind);
 
 /* Trains `state` on `data`, both borrowed. Also fails as sida_learner_check(). Continues from what
  * is in state->net and state->optimiser. */
@@ -37,7 +38,7 @@ sida_status sida_learner_begin(sida_learner *learner, const int32_t *order, int3
 
 /* One step with learning rate `rate`; counts it in state->optimiser.step and adds its loss and
  * pairs to state->loss_sum and loss_pairs. A device is still at work when this returns: only after
- * finish() is the state whole, and what went wrong may show a step late. FORMAT where loss or
+ * finish() is the state whole, and what went wrong may show two steps late. FORMAT where loss or
  * gradient are not finite. After an error the learner is of no more use. */
 sida_status sida_learner_step(sida_learner *learner, double rate);
 /* Waits for the steps taken and brings all of their results into the state, or fails as the first
@@ -70,7 +71,7 @@ sida_status sida_learner_create_cpu(sida_learner **out, sida_train_state *state,
 sida_status sida_learner_create_cuda(sida_learner **out, sida_backend *backend,
                                      sida_train_state *state, const sida_dataset *data,
                                      const sida_learner_options *options);
-sida_status sida_learner_check_cuda(sida_backend *backend);
+sida_status sida_learner_check_cuda(sida_backend *backend, sida_net_kind kind);
 /* What is said of a step whose loss or gradient is not finite. */
 sida_status sida_learner_bad_loss(const sida_dataset *data);
 sida_status sida_learner_bad_gradient(void);

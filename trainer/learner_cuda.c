@@ -1,8 +1,9 @@
 /* A learner on a GPU. Three things go on beside each other: a thread prepares the minibatch after
  * the next and a copy stream uploads it (feed.h), the GPU computes a step (step_cuda.h), and the
  * host issues the one behind it. What a step found comes back in a copy of a few bytes, which the
- * host looks at once the following step has been issued. */
+ * host looks at once the two steps after it have been issued. */
 #include "formats/base/memory.h"
+#include "runtime/ops/ops.h"
 #include "runtime/ops/rnn.h"
 #include "trainer/feed.h"
 #include "trainer/learner.h"
@@ -24,10 +25,10 @@ typedef struct cuda_learner {
     sida_stream *stream;
     sida_feed *feed;
     sida_step_cuda *step;
-    bool uploaded;      /* the state is on the device */
-    bool ahead;         /* and has been trained on there */
-    bool failed;        /* what is there is not to be used any more */
-    int64_t pending[2]; /* pairs of the steps whose result is not known, the older first */
+    bool uploaded;                     /* the state is on the device */
+    bool ahead;                        /* and has been trained on there */
+    bool failed;                       /* what is there is not to be used any more */
+    int64_t pending[SIDA_STEPS_AHEAD]; /* pairs of steps whose result is not known, oldest first */
     int pending_count;
 } cuda_learner;
 
@@ -51,7 +52,8 @@ static sida_status collect(cuda_learner *learner) {
     if (!isfinite(norm)) SIDA_TRY(sida_learner_bad_gradient());
     state->loss_sum += losses;
     state->loss_pairs += learner->pending[0];
-    learner->pending[0] = learner->pending[1];
+    memmove(learner->pending, learner->pending + 1,
+            sizeof learner->pending[0] * (SIDA_STEPS_AHEAD - 1));
 out:
     if (status != SIDA_OK) learner->failed = true;
     return status;
@@ -119,18 +121,23 @@ static sida_status take_step(sida_learner *base, int32_t count, double rate) {
     state->optimiser.step++;
     learner->ahead = true;
     learner->pending[learner->pending_count++] = pairs;
-    if (learner->pending_count > 1) SIDA_TRY(collect(learner));
+    if (learner->pending_count == SIDA_STEPS_AHEAD) SIDA_TRY(collect(learner));
 out:
     if (status != SIDA_OK) learner->failed = true;
     return status;
 }
 
-/* cuDNN says what it can do only when it is asked to do it. */
-sida_status sida_learner_check_cuda(sida_backend *backend) {
+/* cuDNN says what it can do only when it is asked to do it. A Transformer needs cuBLAS alone. */
+sida_status sida_learner_check_cuda(sida_backend *backend, sida_net_kind kind) {
     sida_status status = SIDA_OK;
     sida_stream *stream = NULL;
     sida_rnn *rnn = NULL;
     SIDA_TRY(sida_stream_create(backend, &stream, SIDA_STREAM_COMPUTE));
+    if (kind == SIDA_NET_TRANSFORMER) {
+        const sida_ops *ops = sida_ops_of(backend);
+        if (ops->prepare) SIDA_TRY(ops->prepare(stream));
+        goto out;
+    }
     SIDA_TRY(sida_rnn_create(
         &rnn, stream,
         &(sida_rnn_options){.hidden = 64, .layers = 1, .sequences = 1, .longest = 1, .tokens = 1}));

@@ -5,32 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { alignment = 256 };
-
-/* --- memory, laid out as it is taken; base NULL only counts */
-
-typedef struct layout {
-    char *base;
-    size_t used;
-} layout;
-
-static void *area(layout *at, int64_t rows, int64_t width, size_t size) {
+void *sida_step_area(sida_step_layout *at, int64_t rows, int64_t width, size_t size) {
     size_t bytes = (size_t)rows * (size_t)width * size; /* rows < 2^31, width < 2^17 or so */
     void *start = at->base ? at->base + at->used : NULL;
-    at->used += (bytes + alignment - 1) / alignment * alignment;
+    at->used += (bytes + SIDA_STEP_ALIGNMENT - 1) / SIDA_STEP_ALIGNMENT * SIDA_STEP_ALIGNMENT;
     return start;
-}
-
-static float *floats(layout *at, int64_t rows, int64_t width) {
-    return area(at, rows, width, sizeof(float));
-}
-
-static int64_t larger(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-static bool present(const sida_step_cuda *step, int side) {
-    return step->config.layers[side] > 0;
 }
 
 /* --- making one */
@@ -56,21 +35,20 @@ sida_status sida_step_cuda_create(sida_step_cuda **out, sida_stream *stream,
     *out = NULL;
     sida_status status = SIDA_OK;
     sida_step_cuda *step = NULL;
-    sida_net *shapes = NULL;
     SIDA_TRY(SIDA_ALLOC(&step, 1, "a training step"));
     step->stream = stream;
     step->ops = sida_ops_of(stream->backend);
     step->config = *config;
     step->options = *options;
-    SIDA_TRY(sida_net_create(&shapes, config));
-    memcpy(step->shapes, shapes->trunks, sizeof step->shapes);
+    step->kind = config->kind == SIDA_NET_LSTM ? &sida_step_lstm : &sida_step_transformer;
+    SIDA_TRY(sida_net_create(&step->net, config));
+    SIDA_TRY(SIDA_ALLOC(&step->places, step->net->tensor_count, "a training step"));
     for (int i = 0; i < SIDA_STEPS_AHEAD; i++)
         SIDA_TRY(sida_event_create(stream->backend, &step->done[i]));
     SIDA_TRY(copy_embedding(step, embedding));
     *out = step;
     step = NULL;
 out:
-    sida_net_destroy(shapes);
     sida_step_cuda_destroy(step);
     return status;
 }
@@ -78,72 +56,43 @@ out:
 void sida_step_cuda_destroy(sida_step_cuda *step) {
     if (!step) return;
     for (int i = 0; i < SIDA_STEPS_AHEAD; i++) sida_event_destroy(step->done[i]);
-    sida_rnn_destroy(step->rnn[1]);
-    sida_rnn_destroy(step->rnn[0]);
+    if (step->kind && step->kind->release) step->kind->release(step);
     sida_buffer_destroy(step->parameters);
     sida_buffer_destroy(step->staging);
     sida_buffer_destroy(step->embedding);
     sida_buffer_destroy(step->work);
     sida_buffer_destroy(step->host);
+    sida_net_destroy(step->net);
+    free(step->places);
     free(step);
 }
 
 /* --- room for parts */
 
-static sida_status make_rnns(sida_step_cuda *step, const sida_feed_limits *limits) {
-    sida_status status = SIDA_OK;
-    /* The second borrows from the first. */
-    for (int side = 1; side >= 0; side--) {
-        sida_rnn_destroy(step->rnn[side]);
-        step->rnn[side] = NULL;
-    }
-    for (int side = 0; side < 2; side++) {
-        if (!present(step, side)) continue;
-        bool bidirectional = sida_net_directions(&step->config, side) == 2;
-        bool own = step->options.tf32 &&
-                   sida_lstm_train_possible(step->stream->backend,
-                                            step->config.hidden / (bidirectional ? 2 : 1));
-        step->in_place[side] = own;
-        SIDA_TRY(sida_rnn_create(
-            &step->rnn[side], step->stream,
-            &(sida_rnn_options){.hidden = step->config.hidden,
-                                .layers = step->config.lstm_layers,
-                                .bidirectional = bidirectional,
-                                .sequences = limits->sequences,
-                                .longest = (int32_t)larger(limits->longest[side], 1),
-                                .tokens = larger(limits->tokens[side], 1),
-                                .layout = SIDA_RNN_PACKED,
-                                .algorithm = own ? SIDA_RNN_CLUSTER : SIDA_RNN_STANDARD,
-                                .tf32 = step->options.tf32,
-                                .beside = side == 1 && !own && !step->in_place[0] ? step->rnn[0]
-                                                                                  : NULL}));
-    }
-out:
-    return status;
+/* Whether a tensor is in the weight space of an LSTM. */
+static bool in_lstm(const sida_net_trunk *trunk, const sida_net_tensor *tensor) {
+    const float *first = trunk->input[0].weight;
+    return first && tensor->data >= first && tensor->data < trunk->residual.weight;
 }
 
 /* Needs the LSTMs, which know how many floats their weights are. */
 static sida_status make_parameters(sida_step_cuda *step) {
     sida_status status = SIDA_OK;
-    layout at = {0};
+    sida_step_layout at = {0};
     /* Every tensor begins at a multiple of 256 bytes; what lies between stays 0. */
-    for (int side = 0; side < 2; side++) {
-        const sida_net_trunk *t = &step->shapes[side];
-        sida_step_places *p = &step->places[side];
-        if (!present(step, side)) continue;
-        const struct {
-            int64_t *place, rows, cols;
-        } tensors[] = {{&p->compress_weight, t->compress.rows, t->compress.cols},
-                       {&p->compress_bias, t->compress.rows, 1},
-                       {&p->lstm, sida_rnn_weight_items(step->rnn[side]), 1},
-                       {&p->residual_weight, t->residual.rows, t->residual.cols},
-                       {&p->residual_bias, t->residual.rows, 1},
-                       {&p->heads_weight, t->heads.rows, t->heads.cols},
-                       {&p->heads_bias, t->heads.rows, 1}};
-        for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
-            *tensors[i].place = (int64_t)(at.used / sizeof(float));
-            (void)floats(&at, tensors[i].rows, tensors[i].cols);
+    for (int32_t i = 0; i < step->net->tensor_count; i++) {
+        const sida_net_tensor *t = &step->net->tensors[i];
+        int64_t place = (int64_t)(at.used / sizeof(float));
+        step->places[i] = place;
+        for (int side = 0; side < 2; side++) {
+            const sida_net_trunk *trunk = &step->net->trunks[side];
+            if (!in_lstm(trunk, t)) continue;
+            step->places[i] = -1;
+            if (t->data != trunk->input[0].weight) continue;
+            step->lstms[side] = place;
+            (void)sida_step_floats(&at, sida_rnn_weight_items(step->lstm.rnn[side]), 1);
         }
+        if (step->places[i] >= 0) (void)sida_step_floats(&at, t->count, 1);
     }
     step->count = (int64_t)(at.used / sizeof(float));
     sida_buffer_destroy(step->parameters);
@@ -156,11 +105,23 @@ out:
     return status;
 }
 
+float *sida_step_tensor(const sida_step_cuda *step, int which, const float *tensor) {
+    int32_t low = 0, high = step->net->tensor_count; /* they lie in order */
+    while (high - low > 1) {
+        int32_t middle = low + (high - low) / 2;
+        if (step->net->tensors[middle].data <= tensor)
+            low = middle;
+        else
+            high = middle;
+    }
+    assert(step->net->tensors[low].data == tensor && step->places[low] >= 0);
+    return sida_step_array(step, which) + step->places[low];
+}
+
 size_t sida_step_score_bytes(const sida_step_cuda *step, int32_t sequences, int32_t q_longest,
                              int32_t k_longest) {
     for (;; sequences = (sequences + 1) / 2) {
-        size_t bytes =
-            sida_sparsemax_train_bytes(sequences, q_longest, k_longest, step->config.hidden, true);
+        size_t bytes = step->kind->score_bytes(step, sequences, q_longest, k_longest);
         if (sequences <= 1 || bytes <= SIDA_STEP_SCORE_BYTES) return bytes;
     }
 }
@@ -169,7 +130,8 @@ static size_t scratch_bytes(const sida_step_cuda *step, const sida_feed_limits *
     const sida_net_config *c = &step->config;
     size_t most = 0;
     for (int side = 0; side < 2; side++) {
-        int64_t width = larger(c->d_model, (int64_t)c->layers[side] * c->experts);
+        int64_t width = sida_step_larger((int64_t)step->kind->embeddings * c->d_model,
+                                         (int64_t)c->layers[side] * c->experts);
         size_t chunk =
             (size_t)(sida_step_smaller(limits->tokens[side], SIDA_STEP_CHUNK_ROWS) * width) *
             sizeof(float);
@@ -177,10 +139,10 @@ static size_t scratch_bytes(const sida_step_cuda *step, const sida_feed_limits *
         for (int keys = 0; keys <= side; keys++) {
             if (limits->longest[side] == 0 || limits->longest[keys] == 0) continue;
             /* sida_step_score_bytes() of any part is at most this. */
-            size_t one = sida_sparsemax_train_bytes(1, limits->longest[side], limits->longest[keys],
-                                                    c->hidden, true);
-            size_t all = sida_sparsemax_train_bytes(limits->sequences, limits->longest[side],
-                                                    limits->longest[keys], c->hidden, true);
+            size_t one =
+                step->kind->score_bytes(step, 1, limits->longest[side], limits->longest[keys]);
+            size_t all = step->kind->score_bytes(step, limits->sequences, limits->longest[side],
+                                                 limits->longest[keys]);
             if (all > SIDA_STEP_SCORE_BYTES) all = SIDA_STEP_SCORE_BYTES;
             if (one > most) most = one;
             if (all > most) most = all;
@@ -198,38 +160,33 @@ static int32_t results_of(const sida_feed_limits *limits) {
     return (int32_t)chunks;
 }
 
-static void lay_work(sida_step_cuda *step, layout *at, const sida_feed_limits *limits) {
+static void lay_work(sida_step_cuda *step, sida_step_layout *at, const sida_feed_limits *limits) {
     const sida_net_config *c = &step->config;
-    int64_t h = c->hidden, outputs = larger(c->layers[0], c->layers[1]) * (int64_t)c->experts;
-    for (int side = 0; side < 2; side++) {
-        sida_step_activations *a = &step->sides[side];
-        int64_t n = present(step, side) ? limits->tokens[side] : 0;
-        a->compressed = floats(at, n, h);
-        a->out = floats(at, n, h);
-        a->mixed = floats(at, n, h);
-        a->self = floats(at, n, 2);
-        a->cross = floats(at, side == 1 && present(step, 0) ? n : 0, 2);
-    }
-    step->d_outs = floats(at, limits->tokens[0] + limits->tokens[1], h);
-    step->d_compressed = NULL;
+    int64_t h = c->hidden;
+    int64_t outputs = sida_step_larger(c->layers[0], c->layers[1]) * (int64_t)c->experts;
     for (int side = 0; side < 2; side++)
-        if (present(step, side) && !step->in_place[side] && !step->d_compressed)
-            step->d_compressed = floats(at, larger(limits->tokens[0], limits->tokens[1]), h);
+        step->sides[side].mixed =
+            sida_step_floats(at, sida_step_present(step, side) ? limits->tokens[side] : 0, h);
+    step->d_outs = sida_step_floats(at, limits->tokens[0] + limits->tokens[1], h);
+    step->kind->lay(step, at, limits);
     step->scratch_bytes = scratch_bytes(step, limits);
-    step->scratch = area(at, (int64_t)step->scratch_bytes, 1, 1);
-    step->sums = area(at, (int64_t)SIDA_COLUMN_SUM_BYTES(larger(outputs, h)), 1, 1);
+    step->scratch = sida_step_area(at, (int64_t)step->scratch_bytes, 1, 1);
+    step->sums = sida_step_area(
+        at, (int64_t)SIDA_COLUMN_SUM_BYTES(sida_step_larger(outputs, step->kind->widest(step))), 1,
+        1);
     for (int side = 0; side < 2; side++)
-        step->partials[side] = area(at, SIDA_TRAIN_PARTIALS, 1, sizeof(double));
-    step->partial_norm = area(at, SIDA_TRAIN_PARTIALS, 1, sizeof(double));
-    step->scalars = area(at, 1, 1, sizeof *step->scalars);
+        step->partials[side] = sida_step_area(at, SIDA_TRAIN_PARTIALS, 1, sizeof(double));
+    step->partial_norm = sida_step_area(at, SIDA_TRAIN_PARTIALS, 1, sizeof(double));
+    step->scalars = sida_step_area(at, 1, 1, sizeof *step->scalars);
     for (int i = 0; i < SIDA_STEPS_AHEAD; i++)
-        step->results[i] = area(at, step->results_most, 1, sizeof **step->results);
+        step->results[i] = sida_step_area(at, step->results_most, 1, sizeof **step->results);
 }
 
-static void lay_host(sida_step_cuda *step, layout *at) {
+static void lay_host(sida_step_cuda *step, sida_step_layout *at) {
     for (int i = 0; i < SIDA_STEPS_AHEAD; i++) {
-        step->host_scalars[i] = area(at, 1, 1, sizeof **step->host_scalars);
-        step->host_results[i] = area(at, step->results_most, 1, sizeof **step->host_results);
+        step->host_scalars[i] = sida_step_area(at, 1, 1, sizeof **step->host_scalars);
+        step->host_results[i] =
+            sida_step_area(at, step->results_most, 1, sizeof **step->host_results);
     }
 }
 
@@ -243,7 +200,7 @@ static bool covers(const sida_feed_limits *a, const sida_feed_limits *b) {
 sida_status sida_step_cuda_reserve(sida_step_cuda *step, const sida_feed_limits *limits) {
     sida_status status = SIDA_OK;
     sida_backend *backend = step->stream->backend;
-    layout at = {0}, host = {0};
+    sida_step_layout at = {0}, host = {0};
     if (step->host && covers(&step->limits, limits)) return SIDA_OK;
     SIDA_TRY(sida_stream_synchronize(step->stream));
     /* What is there goes first: the two do not have to fit together. */
@@ -251,17 +208,17 @@ sida_status sida_step_cuda_reserve(sida_step_cuda *step, const sida_feed_limits 
     sida_buffer_destroy(step->host);
     step->work = step->host = NULL;
     step->limits = *limits;
-    SIDA_TRY(make_rnns(step, limits));
+    if (step->kind->reserve) SIDA_TRY(step->kind->reserve(step, limits));
     if (!step->staging) SIDA_TRY(make_parameters(step));
     step->results_most = results_of(limits);
     lay_work(step, &at, limits);
     SIDA_TRY(sida_buffer_create(backend, &step->work, SIDA_MEMORY_DEVICE, at.used,
                                 "a training step's activations"));
-    lay_work(step, &(layout){.base = step->work->data}, limits);
+    lay_work(step, &(sida_step_layout){.base = step->work->data}, limits);
     lay_host(step, &host);
     SIDA_TRY(sida_buffer_create(backend, &step->host, SIDA_MEMORY_HOST, host.used,
                                 "a training step's results"));
-    lay_host(step, &(layout){.base = step->host->data});
+    lay_host(step, &(sida_step_layout){.base = step->host->data});
 out:
     return status;
 }
@@ -272,27 +229,17 @@ out:
 static void reorder(const sida_step_cuda *step, const sida_net *net, float *theirs, float *ours,
                     bool back) {
     if (!back) memset(ours, 0, (size_t)step->count * sizeof(float));
+    for (int32_t i = 0; i < net->tensor_count; i++) {
+        const sida_net_tensor *t = &net->tensors[i];
+        if (step->places[i] < 0) continue;
+        float *there = theirs + (t->data - net->parameters), *here = ours + step->places[i];
+        memcpy(back ? there : here, back ? here : there, (size_t)t->count * sizeof(float));
+    }
     for (int side = 0; side < 2; side++) {
         const sida_net_trunk *t = &net->trunks[side];
-        const sida_step_places *p = &step->places[side];
-        if (!t->present) continue;
-        const struct {
-            const float *tensor;
-            int64_t place, items;
-        } tensors[] = {
-            {t->compress.weight, p->compress_weight, t->compress.rows * t->compress.cols},
-            {t->compress.bias, p->compress_bias, t->compress.rows},
-            {t->residual.weight, p->residual_weight, t->residual.rows * t->residual.cols},
-            {t->residual.bias, p->residual_bias, t->residual.rows},
-            {t->heads.weight, p->heads_weight, t->heads.rows * t->heads.cols},
-            {t->heads.bias, p->heads_bias, t->heads.rows}};
-        for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++) {
-            float *there = theirs + (tensors[i].tensor - net->parameters);
-            float *here = ours + tensors[i].place;
-            memcpy(back ? there : here, back ? here : there,
-                   (size_t)tensors[i].items * sizeof(float));
-        }
+        sida_rnn *rnn = step->lstm.rnn[side];
         sida_rnn_weights lstm[SIDA_NET_CELLS_MAX]; /* both count directions alike */
+        if (!rnn) continue;
         for (int l = 0; l < net->config.lstm_layers * sida_net_directions(&net->config, side); l++)
             lstm[l] = (sida_rnn_weights){
                 .input_weight = theirs + (t->input[l].weight - net->parameters),
@@ -300,9 +247,9 @@ static void reorder(const sida_step_cuda *step, const sida_net *net, float *thei
                 .recurrent_weight = theirs + (t->recurrent[l].weight - net->parameters),
                 .recurrent_bias = theirs + (t->recurrent[l].bias - net->parameters)};
         if (back)
-            sida_rnn_unpack(step->rnn[side], lstm, ours + p->lstm);
+            sida_rnn_unpack(rnn, lstm, ours + step->lstms[side]);
         else
-            sida_rnn_pack(step->rnn[side], ours + p->lstm, lstm);
+            sida_rnn_pack(rnn, ours + step->lstms[side], lstm);
     }
 }
 

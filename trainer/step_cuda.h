@@ -10,6 +10,9 @@
 
 typedef struct sida_step_cuda sida_step_cuda;
 
+/* Enough that the host, woken late, still finds the device at work. */
+enum { SIDA_STEPS_AHEAD = 3 };
+
 typedef struct sida_step_cuda_options {
     sida_tkd tkd;
     double lambda, clip;
@@ -34,12 +37,12 @@ sida_status sida_step_cuda_download(sida_step_cuda *step, sida_train_state *stat
 /* Adds a part of a step: its gradient, times scale, and its losses. */
 sida_status sida_step_cuda_add(sida_step_cuda *step, const sida_feed_part *part, float scale);
 /* Ends a step: clips, and moves the parameters with learning rate `rate`; number is 1 for the first
- * step of a training. At most two steps may be on their way. */
+ * step of a training. At most SIDA_STEPS_AHEAD steps may be on their way. */
 sida_status sida_step_cuda_end(sida_step_cuda *step, const sida_adamw *optimiser, double rate,
                                int64_t number);
-/* Waits for the step before the last `later` ones (0 or 1). losses: the sum over all pairs; norm:
- * of the gradient before clipping. Either may be not finite; then the parameters have not been
- * moved. */
+/* Waits for the step before the last `later` ones (0 … SIDA_STEPS_AHEAD - 1). losses: the sum over
+ * all pairs; norm: of the gradient before clipping. Either may be not finite; then the parameters
+ * have not been moved. */
 sida_status sida_step_cuda_result(sida_step_cuda *step, int later, double *losses, double *norm);
 
 #endif

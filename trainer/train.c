@@ -25,6 +25,7 @@ sida_train_options sida_train_defaults(void) {
                                 .epochs = 30,
                                 .batch = 16,
                                 .lstm_layers = 2, /* the paper's */
+                                .blocks = 3,
                                 .warmup = 100,
                                 .lr = 5e-3,
                                 .lambda = 0.5,
@@ -97,12 +98,18 @@ static sida_status check_options(const sida_train_options *o) {
     return SIDA_OK;
 }
 
+static sida_net_kind kind_of(const sida_train_options *options) {
+    sida_net_kind kind = SIDA_NET_LSTM;
+    if (options->source) sida_net_kind_from_name(&kind, options->source);
+    return kind;
+}
+
 /* Where auto finds a GPU that cannot train, the CPU does. */
 static sida_status open_device(training *t) {
     sida_status status = SIDA_OK;
     const char *device = t->options->device;
     SIDA_TRY(sida_backend_create_named(&t->backend, device));
-    status = sida_learner_check(t->backend);
+    status = sida_learner_check(t->backend, kind_of(t->options));
     if (status == SIDA_OK || (device && strcmp(device, "auto") != 0)) goto out;
     sida_log(SIDA_LOG_WARNING, "training on the CPU: %s", sida_last_message());
     sida_backend_destroy(t->backend);
@@ -124,10 +131,13 @@ static sida_status prepare(training *t) {
     t->train.labels = o->labels;
     SIDA_TRY(sida_dataset_load(&t->valid, o->valid, -1));
     SIDA_TRY(sida_dataset_check_pair(&t->train, &t->valid));
+    sida_net_kind kind = kind_of(o);
     const sida_net_config config = {
+        .kind = kind,
         .d_model = t->train.d_model,
-        .hidden = o->hidden > 0 ? o->hidden : sida_net_default_hidden(t->train.d_model),
-        .lstm_layers = o->lstm_layers,
+        .hidden = o->hidden > 0 ? o->hidden : sida_net_default_hidden(kind, t->train.d_model),
+        .lstm_layers = kind == SIDA_NET_LSTM ? o->lstm_layers : 0,
+        .blocks = kind == SIDA_NET_TRANSFORMER ? o->blocks : 0,
         .experts = t->train.experts,
         .vocabulary = t->train.vocabulary,
         .layers = {t->train.layers[0], t->train.layers[1]},
@@ -135,7 +145,7 @@ static sida_status prepare(training *t) {
         .bidirectional = o->bidirectional};
     t->meta.model = t->train.model;
     t->meta.tokenizer = t->train.tokenizer;
-    SIDA_TRY(sida_strdup(&t->meta.source, "lstm"));
+    SIDA_TRY(sida_strdup(&t->meta.source, sida_net_kind_name(kind)));
     t->meta.config = config_json(t, &config);
     SIDA_TRY(sida_train_state_create(&t->state, &config, o->weight_decay, o->epochs));
     sida_net_initialise(t->state.net, (uint64_t)o->seed);
@@ -336,7 +346,9 @@ out:
 
 sida_status sida_train(const sida_train_options *options, json_t **summary) {
     if (summary) *summary = NULL;
-    if (options->source && strcmp(options->source, "lstm") != 0) return sida_fit(options, summary);
+    sida_net_kind kind;
+    if (options->source && !sida_net_kind_from_name(&kind, options->source))
+        return sida_fit(options, summary);
     sida_status status = SIDA_OK;
     training t = {.options = options};
     SIDA_TRY(prepare(&t));

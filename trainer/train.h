@@ -26,18 +26,20 @@ typedef struct sida_train_epoch {
 
 typedef struct sida_train_options {
     const char *trace, *valid, *output;
-    const char *device; /* cpu, cuda, or auto (NULL too): cuda where a GPU and cuDNN are present */
-    const char *source; /* "lstm" (NULL too), or one of fit.h, which has no use for most of these */
-    sida_layer_hash hash;  /* of the source "layer-hash" */
-    int32_t epochs, batch; /* batch: sequences */
-    int32_t device_batch;  /* sequences of a batch that a GPU computes at a time; 0: all */
-    bool fp32;             /* a GPU's products round no factor to TF32 */
-    int32_t top;           /* of the trace's T; 0: all of them */
-    int32_t hidden;        /* 0: sida_net_default_hidden */
-    int32_t lstm_layers;   /* 1 … SIDA_NET_LSTM_MAX */
-    bool bidirectional;    /* the encoder's LSTM */
-    sida_net_attention attention;
-    int32_t warmup; /* steps of rising lr */
+    const char *device; /* cpu, cuda, or auto (NULL too): cuda where it can train */
+    /* "lstm" (NULL too), "transformer", or one of fit.h, which has no use for most of these. */
+    const char *source;
+    sida_layer_hash hash;         /* of the source "layer-hash" */
+    int32_t epochs, batch;        /* batch: sequences */
+    int32_t device_batch;         /* sequences of a batch that a GPU computes at a time; 0: all */
+    bool fp32;                    /* a GPU's products round no factor to TF32 */
+    int32_t top;                  /* of the trace's T; 0: all of them */
+    int32_t hidden;               /* 0: sida_net_default_hidden */
+    int32_t lstm_layers;          /* of an LSTM: 1 … SIDA_NET_LSTM_MAX */
+    int32_t blocks;               /* of a Transformer: 1 … SIDA_NET_BLOCKS_MAX */
+    bool bidirectional;           /* an LSTM's encoder */
+    sida_net_attention attention; /* an LSTM's */
+    int32_t warmup;               /* steps of rising lr */
     double lr, lambda, weight_decay;
     double clip; /* largest gradient norm; 0: no limit */
     /* Ends the training after so many epochs on end without a better one (by what is kept, below);

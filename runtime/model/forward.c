@@ -253,7 +253,7 @@ static sida_status run_segments(sida_run *run, const sida_run_call *call) {
     sida_status status = SIDA_OK;
     const sida_block *blocks = run->model->blocks[call->side];
     int32_t layers = run->model->config.info.layers[call->side];
-    const sida_graphs_key key = {.resident = call->driver->resident,
+    const sida_graphs_key key = {.subject = call->driver->resident,
                                  .tokens = call->tokens,
                                  .sequences = run->sequences,
                                  .side = call->side,

@@ -148,13 +148,13 @@ sida_status sida_run_moe_route(sida_run *run, const sida_run_call *call, const s
     if (call->chooser == SIDA_CHOOSER_AHEAD)
         return run->ops->rms_norm(run->stream, run->device.x, model->activation, run->device.h,
                                   block->ff_norm, tokens, model->config.epsilon);
-    SIDA_TRY(sida_run_normed_product(run, run->device.logits_router, info->experts, block->router,
-                                     block->ff_norm, tokens, true));
-    SIDA_TRY(sida_run_record_top(run, call, layer_of(run, call, block->site)));
+    float *logits = sida_run_router_logits(run, call, layer_of(run, call, block->site));
+    SIDA_TRY(sida_run_normed_product(run, logits, info->experts, block->router, block->ff_norm,
+                                     tokens, true));
     if (call->chooser == SIDA_CHOOSER_HOST) goto out;
     sida_router_call router = {.experts = choice.experts,
                                .alpha = choice.alpha,
-                               .logits = run->device.logits_router,
+                               .logits = logits,
                                .n = tokens,
                                .experts_total = info->experts,
                                .k = info->top_k,
@@ -308,7 +308,8 @@ static sida_status read_back(sida_run *run, const sida_run_call *call, const sid
         bytes = ((size_t)moe->experts_total + 1) * sizeof *to.row_start;
     if (call->chooser == SIDA_CHOOSER_HOST || (routed && call->driver->observe)) {
         moe->logits = run->host.logits_router;
-        SIDA_TRY(sida_copy(run->stream, run->host.logits_router, run->device.logits_router,
+        SIDA_TRY(sida_copy(run->stream, run->host.logits_router,
+                           sida_run_router_logits(run, call, moe->layer),
                            (size_t)moe->tokens * (size_t)moe->experts_total * sizeof *moe->logits));
     }
     if (bytes > 0) SIDA_TRY(sida_copy(run->stream, to.row_start, from.row_start, bytes));

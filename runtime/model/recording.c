@@ -8,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* One call. The buffer holds what the run's choices and top hold on the device: [layers] of
- * sida_run_choice, then [layers] of top. */
+/* One call. The buffer holds what the run holds on the device: [layers] of sida_run_choice, then
+ * the tops' ids [layers, tokens, T], then their log-probabilities. */
 typedef struct recorded {
     sida_buffer *buffer; /* kept from reset to reset */
     int32_t side, sequences;
@@ -92,9 +92,14 @@ sida_recorded_call sida_recording_call(const sida_recording *recording, int32_t 
                                 .position = call->position};
 }
 
-/* Elements of one layer's top, ids and log-probabilities. */
-static size_t top_values(const sida_run *run, int64_t tokens) {
-    return 2 * (size_t)tokens * (size_t)run->limits.record_top;
+/* Entries of one layer's tops. */
+static size_t top_entries(const sida_run *run, int64_t tokens) {
+    return (size_t)tokens * (size_t)run->limits.record_top;
+}
+
+/* Of a call on a side with so many MoE layers: what its choices take, its tops behind them. */
+static size_t choices_bytes(const sida_run *run, int32_t layers, int64_t tokens) {
+    return (size_t)layers * sida_run_choice_bytes(run, tokens);
 }
 
 sida_recorded_layer sida_recording_layer(const sida_recording *recording, int32_t index,
@@ -106,15 +111,15 @@ sida_recorded_layer sida_recording_layer(const sida_recording *recording, int32_
     assert(layer >= 0 && layer < layers);
     char *choices = call->buffer->data;
     const sida_run_choice choice = sida_run_choice_at(run, choices, layer, call->tokens);
-    const uint16_t *top =
-        (const uint16_t *)(const void *)(choices +
-                                         (size_t)layers * sida_run_choice_bytes(run, call->tokens));
-    top += (size_t)layer * top_values(run, call->tokens);
+    const size_t entries = top_entries(run, call->tokens);
+    const uint16_t *ids =
+        (const uint16_t *)(const void *)(choices + choices_bytes(run, layers, call->tokens));
+    ids += (size_t)layer * entries;
     return (sida_recorded_layer){.experts = choice.experts,
                                  .alpha = choice.alpha,
                                  .dropped = choice.dropped,
-                                 .top_ids = top,
-                                 .top_logp = top + top_values(run, call->tokens) / 2};
+                                 .top_ids = ids,
+                                 .top_logp = ids + (size_t)layers * entries};
 }
 
 /* --- the run's part */
@@ -130,16 +135,29 @@ sida_status sida_run_record_check(const sida_run *run, const sida_moe_driver *dr
     return SIDA_OK;
 }
 
-sida_status sida_run_record_top(sida_run *run, const sida_run_call *call, int32_t layer) {
-    if (!call->driver->record) return SIDA_OK;
-    uint16_t *ids = run->device.top + (size_t)layer * top_values(run, call->tokens);
-    const sida_top_call top = {.ids = ids,
-                               .logp = ids + top_values(run, call->tokens) / 2,
-                               .logits = run->device.logits_router,
-                               .n = call->tokens,
-                               .experts_total = run->model->config.info.experts,
-                               .top = run->limits.record_top};
-    return run->ops->top(run->stream, &top);
+/* The best of all layers' logits: in one go where the layers' rows lie end to end. */
+static sida_status record_tops(sida_run *run, const sida_run_call *call, int32_t layers,
+                               uint16_t *ids) {
+    sida_status status = SIDA_OK;
+    const int64_t experts = run->model->config.info.experts;
+    const size_t entries = top_entries(run, call->tokens);
+    if (layers == 0) return SIDA_OK;
+    const float *first = sida_run_router_logits(run, call, 0);
+    const bool whole =
+        layers == 1 || sida_run_router_logits(run, call, 1) == first + call->tokens * experts;
+    const int32_t step = whole ? layers : 1;
+    for (int32_t layer = 0; layer < layers; layer += step) {
+        uint16_t *at = ids + (size_t)layer * entries;
+        const sida_top_call top = {.ids = at,
+                                   .logp = at + (size_t)layers * entries,
+                                   .logits = sida_run_router_logits(run, call, layer),
+                                   .n = step * call->tokens,
+                                   .experts_total = (int32_t)experts,
+                                   .top = run->limits.record_top};
+        SIDA_TRY(run->ops->top(run->stream, &top));
+    }
+out:
+    return status;
 }
 
 /* Buffers grow to powers of two: batches of many sizes then make few of them. */
@@ -158,9 +176,9 @@ sida_status sida_run_record(sida_run *run, const sida_run_call *call) {
     sida_recording *recording = call->driver->record;
     if (!recording) return SIDA_OK;
     recorded *at = &recording->calls[recording->count];
-    size_t layers = (size_t)run->model->config.info.moe_layers[call->side];
-    size_t choices = layers * sida_run_choice_bytes(run, call->tokens),
-           tops = layers * top_values(run, call->tokens) * sizeof *run->device.top;
+    const int32_t layers = run->model->config.info.moe_layers[call->side];
+    const size_t choices = choices_bytes(run, layers, call->tokens),
+                 tops = 2 * (size_t)layers * top_entries(run, call->tokens) * sizeof(uint16_t);
     at->side = call->side;
     at->sequences = run->sequences;
     at->tokens = call->tokens;
@@ -170,8 +188,8 @@ sida_status sida_run_record(sida_run *run, const sida_run_call *call) {
            (size_t)run->sequences * sizeof *at->position);
     SIDA_TRY(make_room(run, at, choices + tops));
     recording->count++;
-    SIDA_TRY(sida_copy(run->stream, at->buffer->data, run->device.choices, choices));
-    SIDA_TRY(sida_copy(run->stream, (char *)at->buffer->data + choices, run->device.top, tops));
+    SIDA_TRY(record_tops(run, call, layers, (uint16_t *)(void *)(run->device.choices + choices)));
+    SIDA_TRY(sida_copy(run->stream, at->buffer->data, run->device.choices, choices + tops));
     SIDA_TRY(sida_event_record(recording->copied, run->stream));
 out:
     return status;

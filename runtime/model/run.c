@@ -93,19 +93,34 @@ sida_run_choice sida_run_choice_at(const sida_run *run, char *choices, int32_t l
     return choice;
 }
 
+/* Floats from one layer's recorded router logits to the next one's: each begins aligned. */
+static int64_t logits_stride(const sida_model_info *info, int64_t tokens) {
+    const int64_t unit = ALIGNMENT / sizeof(float);
+    return (tokens * info->experts + unit - 1) / unit * unit;
+}
+
+float *sida_run_router_logits(const sida_run *run, const sida_run_call *call, int32_t layer) {
+    if (!call->driver->record) return run->device.logits_router;
+    return run->device.recorded_logits +
+           layer * logits_stride(&run->model->config.info, call->tokens);
+}
+
 static int64_t most_layers(const sida_model_info *info) {
     const int32_t *layers = info->moe_layers;
     return layers[0] > layers[1] ? layers[0] : layers[1];
 }
 
-/* What has the same layout on both sides beside the index. */
+/* What has the same layout on both sides beside the index. top: entries behind the choices, that a
+ * run which records keeps of each row. */
 static void lay_choices(char **choices, uint8_t **allowed, layout *at, const sida_model_info *info,
-                        const sida_run_limits *limits) {
+                        const sida_run_limits *limits, int32_t top) {
     sida_run_choice choice;
     layout one = {0};
-    lay_choice(&choice, &one, info, most_tokens(limits));
+    int64_t tokens = most_tokens(limits);
+    lay_choice(&choice, &one, info, tokens);
     at->overflow |= one.overflow;
     *choices = part(at, most_layers(info), one.used);
+    part(at, most_layers(info) * tokens, 2 * (size_t)top * sizeof(uint16_t));
     *allowed = part(at, most_layers(info) * limits->sequences, (size_t)info->experts);
 }
 
@@ -123,10 +138,10 @@ static void lay_device(sida_run_device *out, layout *at, const sida_model *model
     int64_t choices = tokens * info->top_k;
     bool adds = model->ops->expert_adds && info->top_k == 1;
     lay_index(&out->index, at, limits->sequences, tokens);
-    lay_choices(&out->choices, &out->allowed, at, info, limits);
+    lay_choices(&out->choices, &out->allowed, at, info, limits, limits->record_top);
     out->waves = part(at, info->experts, SIDA_WAVE_BYTES);
-    out->top =
-        part(at, most_layers(info) * tokens, 2 * (size_t)limits->record_top * sizeof *out->top);
+    if (limits->record_top > 0)
+        out->recorded_logits = floats(at, most_layers(info), logits_stride(info, tokens));
     out->h = floats(at, tokens, d);
     out->x = activations(at, model, tokens, d);
     out->cross = floats(at, limits->input_tokens, layers * 2 * inner);
@@ -153,7 +168,7 @@ static size_t lay_host(sida_run_host *out, layout *at, const sida_model *model,
     const sida_model_info *info = &model->config.info;
     int64_t tokens = most_tokens(limits), sequences = limits->sequences;
     size_t bytes = lay_index(&out->index, at, sequences, tokens);
-    lay_choices(&out->choices, &out->allowed, at, info, limits);
+    lay_choices(&out->choices, &out->allowed, at, info, limits, 0);
     out->waves = part(at, most_layers(info) * info->experts, SIDA_WAVE_BYTES);
     out->logits_router = floats(at, tokens, info->experts);
     out->zeros = part(at, sequences, sizeof(int32_t));

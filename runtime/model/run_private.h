@@ -2,7 +2,7 @@
 #ifndef SIDA_RUNTIME_MODEL_RUN_PRIVATE_H
 #define SIDA_RUNTIME_MODEL_RUN_PRIVATE_H
 
-#include "runtime/model/graphs.h"
+#include "runtime/backend/graphs.h"
 #include "runtime/model/model_private.h"
 
 /* T tokens of a call at most, S sequences, L MoE layers of a side at most, d = d_model,
@@ -45,10 +45,11 @@ typedef struct sida_run_device {
     float *self_k, *self_v; /* [decoder layers][S * positions, I] */
     float *logits;          /* [logits_rows, vocabulary] */
     sida_run_index index;
-    char *choices;    /* [L] of sida_run_choice */
+    char *choices;    /* [L] of sida_run_choice; recording, the tops of the call's layers behind the
+                         choices that it has: ids [L, tokens, T], log-probabilities likewise */
     char *waves;      /* [E] of SIDA_WAVE_BYTES */
     uint8_t *allowed; /* [L, sequences, E] */
-    uint16_t *top;    /* [L] of ids [tokens, T], log-probabilities [tokens, T]: end to end too */
+    float *recorded_logits; /* [L] of [T, E], where the run records: kept to the call's end */
 } sida_run_device;
 
 typedef struct sida_run_host {
@@ -106,6 +107,8 @@ typedef struct sida_run_call {
 sida_run_choice sida_run_choice_at(const sida_run *run, char *choices, int32_t layer,
                                    int64_t tokens);
 size_t sida_run_choice_bytes(const sida_run *run, int64_t tokens); /* of one layer */
+/* Where the router's logits of MoE layer `layer` go, [tokens, E]. */
+float *sida_run_router_logits(const sida_run *run, const sida_run_call *call, int32_t layer);
 
 /* y = rms_norm(h) Wᵀ in rows of ldy; device.x holds the normed rows afterwards if `keep`. */
 sida_status sida_run_normed_product(sida_run *run, float *y, int64_t ldy, sida_weight weight,
@@ -127,9 +130,7 @@ bool sida_run_experts_add(const sida_run *run);
 
 /* --- recording; each does nothing for a driver that does not record */
 sida_status sida_run_record_check(const sida_run *run, const sida_moe_driver *driver);
-/* Behind the layer's router logits. May be recorded. */
-sida_status sida_run_record_top(sida_run *run, const sida_run_call *call, int32_t layer);
-/* Behind the call: starts the copies to the host. */
+/* Behind the call: takes the best of all its router logits and starts the copy to the host. */
 sida_status sida_run_record(sida_run *run, const sida_run_call *call);
 
 #endif

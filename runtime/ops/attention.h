@@ -47,6 +47,16 @@ typedef struct sida_append_call {
 typedef sida_status sida_append_fn(sida_stream *stream, const sida_append_call *call);
 sida_append_fn sida_append_cpu;
 
+/* Gradients of the attention, in fp32. Scores are computed again, with sida_gemm_cpu: each head of
+ * each sequence on the calling thread, one after the other. */
+typedef struct sida_attention_backward_call {
+    float *d_q, *d_k, *d_v;             /* as q, k and v; added to */
+    float *d_bias;                      /* [buckets, heads]: added to; NULL without a bias */
+    const float *d_out;                 /* as out */
+    const sida_attention_call *forward; /* its out is not read; a bias is F32 */
+} sida_attention_backward_call;
+sida_status sida_attention_backward_cpu(const sida_attention_backward_call *call);
+
 /* The bucket of relative position key - query. */
 int32_t sida_relative_bucket(int32_t relative, bool bidirectional, int32_t buckets,
                              int32_t max_distance);

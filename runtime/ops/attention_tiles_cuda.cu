@@ -1,6 +1,6 @@
-/* T5 attention on tensor cores, d_kv 64 and 128: a warp takes 16 queries of one sequence and head,
- * 16 keys at a time, with a running maximum (Milakov and Gimelshein 2018); the warps of a block
- * share the keys, and their sums meet in shared memory in a fixed order.
+/* T5 attention on tensor cores, d_kv 32, 64 and 128: a warp takes 16 queries of one sequence and
+ * head, 16 keys at a time, with a running maximum (Milakov and Gimelshein 2018); the warps of a
+ * block share the keys, and their sums meet in shared memory in a fixed order.
  *
  * Scores of T5 are large (nothing divides them by √d), so bf16 alone will not do. Each of q, k, p
  * and v is the sum of two bf16 numbers, high + low, and a product is high·high + high·low +
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 bool attention_tiles_take(const sida_attention_call *call) {
-    return (call->d_kv == 64 || call->d_kv == 128) &&
+    return (call->d_kv == 32 || call->d_kv == 64 || call->d_kv == 128) &&
            (call->ldo | call->ldq | call->ldk | call->ldv) % 4 == 0 &&
            ((uintptr_t)call->out | (uintptr_t)call->q | (uintptr_t)call->k | (uintptr_t)call->v) %
                    16 ==
@@ -361,5 +361,6 @@ static sida_status launch(sida_stream *stream, const sida_attention_call *call,
 
 sida_status attention_tiles(sida_stream *stream, const sida_attention_call *call,
                             const bucket_steps *steps) {
+    if (call->d_kv == 32) return launch<32>(stream, call, steps);
     return call->d_kv == 64 ? launch<64>(stream, call, steps) : launch<128>(stream, call, steps);
 }

@@ -91,12 +91,13 @@ static sida_status forward_group(const sida_lstm_call *q, const int32_t *order, 
         if (count == 0) break;
         bool zero = t == 0 && !q->state_h;
         for (int32_t a = 0; a < count; a++) {
-            const float *from = q->state_h + (int64_t)order[a] * hidden;
-            if (t > 0) from = q->out + row_at(q->offsets, order[a], t - 1, q->reverse) * ldo;
+            float *to = before + (int64_t)a * hidden;
             if (zero)
-                memset(before + (int64_t)a * hidden, 0, row);
+                memset(to, 0, row);
+            else if (t == 0)
+                memcpy(to, q->state_h + (int64_t)order[a] * hidden, row);
             else
-                memcpy(before + (int64_t)a * hidden, from, row);
+                memcpy(to, q->out + row_at(q->offsets, order[a], t - 1, q->reverse) * ldo, row);
         }
         /* Also from a zero state: then a step of its own and a whole sequence do the same sums. */
         SIDA_TRY(linear(NULL, &(sida_linear_call){.y = product,

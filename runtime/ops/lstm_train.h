@@ -30,7 +30,7 @@ typedef struct sida_lstm_train_call {
     int64_t ld;
     const float *recurrent; /* W_hh [4 units, units] */
     const float *biases[2]; /* [4 units] each: forward */
-    /* [sida_lstm_train_clusters, 4 units] backward, out: the bias's gradient, to be summed. */
+    /* [sida_lstm_train_clusters, 4 units] backward, out: parts of a bias's gradient. */
     float *d_biases;
     sida_row_map rows; /* of sequences in any order */
     int32_t sequences, units;
@@ -45,6 +45,9 @@ static inline int32_t sida_lstm_train_clusters(int32_t sequences) {
 
 sida_status sida_lstm_train_forward_cuda(sida_stream *stream, const sida_lstm_train_call *call);
 sida_status sida_lstm_train_backward_cuda(sida_stream *stream, const sida_lstm_train_call *call);
+/* The sum of the parts is added to both biases' gradients [4 units]. */
+sida_status sida_lstm_train_biases_cuda(sida_stream *stream, float *const d_biases[2],
+                                        const sida_lstm_train_call *call);
 
 #ifdef __cplusplus
 }

@@ -360,6 +360,18 @@ __global__ void IN_CLUSTERS(UNITS) __launch_bounds__(THREADS, 1)
 #endif
 }
 
+__global__ void __launch_bounds__(THREADS)
+    bias_sums_kernel(float *first, float *second, const float *parts, int32_t count, int32_t cols) {
+    allow_next();
+    await_inputs();
+    const int32_t column = (int32_t)blockIdx.x * THREADS + (int32_t)threadIdx.x;
+    if (column >= cols) return;
+    float sum = 0.0f;
+    for (int32_t i = 0; i < count; i++) sum += parts[(int64_t)i * cols + column];
+    first[column] += sum;
+    second[column] += sum;
+}
+
 /* --- launches */
 
 template <int UNITS>
@@ -379,8 +391,6 @@ static sida_status run(sida_stream *stream, const sida_lstm_train_call *call, bo
     sida_status status = sida_cuda_use(stream->backend);
     if (status != SIDA_OK) return status;
     switch (call->units) {
-    case 32:
-        return launch<32>(stream, call, forward);
     case 64:
         return launch<64>(stream, call, forward);
     case 96:
@@ -396,9 +406,10 @@ static sida_status run(sida_stream *stream, const sida_lstm_train_call *call, bo
     }
 }
 
+/* From two blocks on; a cluster of one has no other to send to. */
 extern "C" bool sida_lstm_train_possible(const sida_backend *backend, int32_t units) {
-    return sida_cuda_early_launch(backend) && (units == 32 || units == 64 || units == 96 ||
-                                               units == 128 || units == 192 || units == 256);
+    return sida_cuda_early_launch(backend) &&
+           (units == 64 || units == 96 || units == 128 || units == 192 || units == 256);
 }
 
 extern "C" sida_status sida_lstm_train_forward_cuda(sida_stream *stream,
@@ -409,4 +420,16 @@ extern "C" sida_status sida_lstm_train_forward_cuda(sida_stream *stream,
 extern "C" sida_status sida_lstm_train_backward_cuda(sida_stream *stream,
                                                      const sida_lstm_train_call *call) {
     return run(stream, call, false);
+}
+
+extern "C" sida_status sida_lstm_train_biases_cuda(sida_stream *stream, float *const d_biases[2],
+                                                   const sida_lstm_train_call *call) {
+    const int32_t cols = GATES * call->units;
+    if (call->sequences == 0) return SIDA_OK;
+    sida_status status = sida_cuda_use(stream->backend);
+    if (status != SIDA_OK) return status;
+    return launch_kernel("bias sums kernel", stream, bias_sums_kernel,
+                         dim3((unsigned)((cols + THREADS - 1) / THREADS)), THREADS, 0, d_biases[0],
+                         d_biases[1], call->d_biases, sida_lstm_train_clusters(call->sequences),
+                         cols);
 }

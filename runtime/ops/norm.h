@@ -10,4 +10,17 @@ typedef sida_status sida_rms_norm_fn(sida_stream *stream, void *out, sida_dtype 
                                      const float *x, sida_weight weight, int64_t n, float epsilon);
 sida_rms_norm_fn sida_rms_norm_cpu;
 
+/* Gradients of the norm, on the calling thread. Either output may be NULL: then it is not
+ * computed. */
+typedef struct sida_rms_norm_backward_call {
+    float *d_x;         /* [n, d]: added to */
+    float *d_weight;    /* [d]: added to */
+    const float *d_out; /* [n, d] */
+    const float *x;     /* [n, d] */
+    sida_weight weight; /* [1, d] F32 */
+    int64_t n;
+    float epsilon;
+} sida_rms_norm_backward_call;
+void sida_rms_norm_backward_cpu(const sida_rms_norm_backward_call *call);
+
 #endif

@@ -23,7 +23,6 @@ struct sida_rnn_cluster {
     int32_t directions, units;
     cell cells[SIDA_RNN_LAYERS_MAX][directions_most];
     float *outs[SIDA_RNN_LAYERS_MAX]; /* [tokens, hidden] of the layers below the top one */
-    float *sums;                      /* of column sums */
     int64_t items;
     sida_buffer *memory;
 };
@@ -65,7 +64,6 @@ static int64_t lay_memory(sida_rnn_cluster *rnn, float *base) {
         if (l + 1 < rnn->options.layers)
             rnn->outs[l] = take_at(base, &used, n * rnn->options.hidden);
     }
-    rnn->sums = take_at(base, &used, (int64_t)(SIDA_COLUMN_SUM_BYTES(gates * u) / sizeof(float)));
     return used;
 }
 
@@ -244,11 +242,11 @@ sida_status sida_rnn_cluster_backward_weights(sida_rnn_cluster *rnn, int32_t seq
             product.b = c->cells;
             product.ldc = product.ldb = product.n = u;
             SIDA_TRY(sida_gemm_cuda(rnn->stream, &product, true));
-            int64_t const biases[] = {c->input_bias, c->recurrent_bias};
-            for (int i = 0; i < 2; i++)
-                SIDA_TRY(sida_column_sum_cuda(rnn->stream, d_weights + biases[i], c->d_biases, NULL,
-                                              sida_lstm_train_clusters(sequences), gates * u,
-                                              rnn->sums));
+            float *const biases[2] = {d_weights + c->input_bias, d_weights + c->recurrent_bias};
+            SIDA_TRY(sida_lstm_train_biases_cuda(rnn->stream, biases,
+                                                 &(sida_lstm_train_call){.d_biases = c->d_biases,
+                                                                         .sequences = sequences,
+                                                                         .units = rnn->units}));
         }
 out:
     return status;

@@ -5,16 +5,10 @@
  * Forward:  S = Q Kᵀ, P = sparsemax(S) or softmax(S), out += P K.
  * Backward: [S; dP] = [Q; dO] Kᵀ, from them [dS; P], then dK = [dS; P]ᵀ [Q; dO] and dQ = dS K: with
  * Q and dO of a sequence behind one another the first two pairs of products are one each. */
-#include "runtime/ops/gemm_cuda.cuh"
+#include "runtime/ops/score_rows_cuda.cuh"
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr int THREADS = 256, WARPS = THREADS / WARP;
-/* Blocks' rows and columns are multiples of it, so that cuBLAS's loads are aligned. */
-constexpr int64_t PAD = 8;
-
-static int64_t padded(int64_t count) {
-    return (count + PAD - 1) / PAD * PAD;
-}
 
 /* A chunk's arrays, in floats a sequence; they lie one after another. */
 struct blocks {
@@ -69,10 +63,6 @@ struct move {
 struct moves {
     move of[3];
 };
-
-static __device__ int64_t row_of(const sida_row_map &map, int32_t sequence, int64_t t) {
-    return (int64_t)map.start[sequence] + map.step[t];
-}
 
 /* Grid: rows of a block by WARPS, sequences, moves. ADD: block to rows, added; else rows to block,
  * zeros where there are none. */
@@ -142,14 +132,6 @@ static move move_of(float *block, const float *rows, const sida_row_map &map, in
     return m;
 }
 
-/* The maps of the sequences from `first` on. */
-static sida_row_map shifted(const sida_row_map &map, int32_t first) {
-    sida_row_map m = map;
-    m.start += first;
-    m.count += first;
-    return m;
-}
-
 /* --- a row of scores */
 
 struct score_rows {
@@ -160,30 +142,6 @@ struct score_rows {
     const int32_t *k_count;
     int64_t stride, q_length, k_length;
     bool causal, softmax;
-};
-
-/* A lane's part of a row: in registers if KEPT * 32 keys are enough, else read again. */
-template <int KEPT> struct lane_row {
-    float kept[KEPT > 0 ? KEPT : 1];
-    const float *from;
-    int32_t count;
-    __device__ void load(const float *row, int32_t keys, int lane) {
-        from = row;
-        count = keys;
-        if (KEPT > 0)
-#pragma unroll
-            for (int k = 0; k < KEPT; k++)
-                kept[k] = lane + k * WARP < keys ? row[lane + k * WARP] : -INFINITY;
-    }
-    template <typename Visit> __device__ void each(int lane, Visit visit) const {
-        if (KEPT > 0) {
-#pragma unroll
-            for (int k = 0; k < KEPT; k++)
-                if (lane + k * WARP < count) visit(lane + k * WARP, kept[k]);
-        } else {
-            for (int32_t i = lane; i < count; i += WARP) visit(i, from[i]);
-        }
-    }
 };
 
 static __device__ double warp_sum_of(double value) {
@@ -315,31 +273,6 @@ static bool maps_equal(const sida_row_map &a, const sida_row_map &b) {
 /* Queries and keys are the same rows. */
 static bool is_self(const sida_sparsemax_train_call *call) {
     return call->queries == call->memory && maps_equal(call->q, call->k);
-}
-
-/* c = a b of every sequence: [m, k] by [k, n], or transposed. */
-static sida_status multiply(sida_stream *stream, float *c, int64_t c_stride, const float *a,
-                            int64_t a_stride, bool transpose_a, const float *b, int64_t b_stride,
-                            bool transpose_b, int64_t m, int64_t n, int64_t k, bool add,
-                            int32_t sequences, bool tf32) {
-    gemm_batch batch = {};
-    batch.first.c = c;
-    batch.first.ldc = n;
-    batch.first.a = a;
-    batch.first.lda = transpose_a ? m : k;
-    batch.first.b = b;
-    batch.first.ldb = transpose_b ? k : n;
-    batch.first.m = m;
-    batch.first.n = n;
-    batch.first.k = k;
-    batch.first.transpose_a = transpose_a;
-    batch.first.transpose_b = transpose_b;
-    batch.first.add = add;
-    batch.a_stride = a_stride;
-    batch.b_stride = b_stride;
-    batch.c_stride = c_stride;
-    batch.count = sequences;
-    return gemm_batched(stream, &batch, tf32);
 }
 
 static score_rows score_rows_of(const sida_sparsemax_train_call *call, const blocks &b,

@@ -30,6 +30,7 @@ sida_status sida_predictor_export(const char *path, const char *predictor) {
     sida_net *net = NULL;
     sida_tensor_view *views = NULL;
     sida_net_config config;
+    sida_net_kind kind;
     json_t *metadata = json_object();
     SIDA_TRY(sida_predictor_file_open(&file, &meta, predictor));
     if (sida_h5_file_kind(file) != SIDA_H5_PREDICTOR)
@@ -37,7 +38,7 @@ sida_status sida_predictor_export(const char *path, const char *predictor) {
                   "%s: a checkpoint of an unfinished training, not a predictor; finish it with "
                   "sida train --resume",
                   predictor);
-    if (!json_object_get(meta.config, "net") && strcmp(meta.source, "lstm") != 0)
+    if (!json_object_get(meta.config, "net") && !sida_net_kind_from_name(&kind, meta.source))
         SIDA_FAIL(SIDA_ERROR_UNSUPPORTED,
                   "%s: a '%.40s' has no network to export; its file is HDF5, as formats/README.md "
                   "says",

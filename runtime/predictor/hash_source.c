@@ -42,6 +42,7 @@ static sida_status open_predictor(sida_hash_source **out, const char *path, sida
     sida_status status = SIDA_OK;
     sida_h5_file *file = NULL;
     sida_predictor_meta meta = {0};
+    sida_net_kind kind;
     sida_table_order order;
     SIDA_TRY(sida_predictor_file_open(&file, &meta, path));
     if (sida_h5_file_kind(file) != SIDA_H5_PREDICTOR)
@@ -50,7 +51,7 @@ static sida_status open_predictor(sida_hash_source **out, const char *path, sida
                   "sida train --resume",
                   path);
     SIDA_TRY(sida_source_check_model(path, meta.model, model));
-    if (strcmp(meta.source, "lstm") == 0)
+    if (sida_net_kind_from_name(&kind, meta.source))
         SIDA_TRY(sida_lstm_source_read(out, file, &meta, embedding));
     else if (sida_table_order_from_name(&order, meta.source))
         SIDA_TRY(sida_table_source_read(out, file, &meta, embedding));

@@ -41,6 +41,8 @@ typedef struct sida_hash_limits {
     int64_t step_tokens;       /* of a decode, all sequences together */
     int32_t decoder_positions; /* of one sequence */
     int32_t k;                 /* experts a token and layer */
+    /* A Transformer's weights there: F32 (0), or BF16, which is half the memory and rounds. */
+    sida_dtype weights;
 } sida_hash_limits;
 
 typedef struct sida_hash_source_table {

@@ -1,4 +1,4 @@
-/* The paper's hash function as a hash source. */
+/* A network, the paper's or ours, as a hash source. */
 #include "formats/base/memory.h"
 #include "runtime/predictor/net_device.h"
 #include "runtime/predictor/select.h"
@@ -7,6 +7,7 @@
 #include <assert.h>
 #include <inttypes.h>
 #include <stdlib.h>
+#include <string.h>
 
 typedef struct lstm_source {
     sida_hash_source base;
@@ -114,7 +115,7 @@ static sida_status lstm_place(sida_hash_source *source, sida_backend *backend,
                               sida_weight embedding, const sida_hash_limits *limits) {
     lstm_source *self = (lstm_source *)source;
     assert(!self->device);
-    if (!sida_net_device_possible(backend)) return SIDA_OK;
+    if (!sida_net_device_possible(backend, &self->net->config)) return SIDA_OK;
     sida_status status =
         sida_net_device_create(&self->device, self->net, backend, embedding, limits);
     if (status == SIDA_OK) self->base.info.device_bytes = sida_net_device_bytes(self->device);
@@ -141,7 +142,7 @@ sida_status sida_lstm_source_create(sida_hash_source **out, const sida_net *net,
     sida_status status = SIDA_ALLOC(&self, 1, "a hash source");
     if (status != SIDA_OK) return status;
     self->base.table = &lstm_table;
-    self->base.info = (sida_hash_source_info){.name = "lstm",
+    self->base.info = (sida_hash_source_info){.name = sida_net_kind_name(c->kind),
                                               .model = model,
                                               .tokenizer = tokenizer,
                                               .d_model = c->d_model,
@@ -162,6 +163,9 @@ sida_status sida_lstm_source_read(sida_hash_source **out, sida_h5_file *file,
     sida_net_config config;
     const char *path = sida_h5_path(file);
     SIDA_TRY(sida_net_config_from_json(&config, json_object_get(meta->config, "net"), path));
+    if (strcmp(meta->source, sida_net_kind_name(config.kind)) != 0)
+        SIDA_FAIL(SIDA_ERROR_FORMAT, "its source is '%.40s', its config's network '%s'",
+                  meta->source, sida_net_kind_name(config.kind));
     SIDA_TRY(sida_net_read(&net, file, &config));
     SIDA_TRY(sida_lstm_source_create(out, net, embedding, meta->model, meta->tokenizer));
     ((lstm_source *)*out)->owned = net;

@@ -10,10 +10,23 @@
 #include <stdlib.h>
 #include <string.h>
 
-int32_t sida_net_default_hidden(int32_t d_model) {
-    int32_t third = (d_model + 2) / 3;
+int32_t sida_net_default_hidden(sida_net_kind kind, int32_t d_model) {
+    int32_t third = (d_model + 2) / 3, least = kind == SIDA_NET_TRANSFORMER ? 128 : 64;
     int32_t hidden = (third + 63) / 64 * 64;
-    return hidden < 64 ? 64 : hidden;
+    return hidden < least ? least : hidden;
+}
+
+const char *sida_net_kind_name(sida_net_kind kind) {
+    return kind == SIDA_NET_TRANSFORMER ? "transformer" : "lstm";
+}
+
+bool sida_net_kind_from_name(sida_net_kind *out, const char *name) {
+    for (int kind = SIDA_NET_LSTM; kind <= SIDA_NET_TRANSFORMER; kind++) {
+        if (strcmp(name, sida_net_kind_name((sida_net_kind)kind)) != 0) continue;
+        *out = (sida_net_kind)kind;
+        return true;
+    }
+    return false;
 }
 
 static sida_status check_range(const char *name, int64_t value, int64_t low, int64_t high) {
@@ -47,12 +60,20 @@ sida_status sida_net_config_check(const sida_net_config *config) {
     sida_status status = SIDA_OK;
     SIDA_TRY(check_range("d_model", config->d_model, 1, 65536));
     SIDA_TRY(check_range("hidden", config->hidden, 1, 16384));
-    SIDA_TRY(check_range("lstm_layers", config->lstm_layers, 1, SIDA_NET_LSTM_MAX));
+    const bool lstm = config->kind == SIDA_NET_LSTM;
+    SIDA_TRY(check_range("lstm_layers", config->lstm_layers, lstm, lstm ? SIDA_NET_LSTM_MAX : 0));
+    SIDA_TRY(check_range("blocks", config->blocks, !lstm, lstm ? 0 : SIDA_NET_BLOCKS_MAX));
     SIDA_TRY(check_range("experts", config->experts, 1, 65535));
     SIDA_TRY(check_range("vocabulary", config->vocabulary, 1, INT32_MAX));
     SIDA_TRY(check_range("layers_encoder", config->layers[0], 0, 4096));
     SIDA_TRY(check_range("layers_decoder", config->layers[1], 0, 4096));
     SIDA_TRY(check_range("layers", (int64_t)config->layers[0] + config->layers[1], 1, 8192));
+    if (!lstm && config->hidden % SIDA_NET_HEAD_WIDTH != 0)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "hidden of %d: a Transformer's is a multiple of %d",
+                  config->hidden, SIDA_NET_HEAD_WIDTH);
+    if (!lstm && (config->bidirectional || config->attention != SIDA_NET_SPARSEMAX))
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT,
+                  "directions and the kind of attention are options of an LSTM's predictor");
     if (config->bidirectional && config->layers[0] == 0)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT,
                   "bidirectional: there is no encoder with MoE layers, and a decoder is causal");
@@ -63,9 +84,10 @@ out:
     return status;
 }
 
-/* Visits the tensors in their order. With net->tensors NULL it only counts. */
+/* Visits the tensors in their order. With net->tensors NULL it only counts. Initial values are
+ * uniform within `bound` of `centre`. */
 static void add(sida_net *net, float **view, int side, const char *name, int rank, int64_t rows,
-                int64_t cols, int64_t fan_in) {
+                int64_t cols, float centre, float bound) {
     static const char *const sides[2] = {"encoder", "decoder"};
     int64_t count = rank == 2 ? rows * cols : rows;
     if (net->tensors) {
@@ -75,48 +97,123 @@ static void add(sida_net *net, float **view, int side, const char *name, int ran
         t->shape[0] = rows;
         t->shape[1] = rank == 2 ? cols : 1;
         t->count = count;
-        t->fan_in = fan_in;
+        t->centre = centre;
+        t->bound = bound;
         t->data = *view = net->parameters ? net->parameters + net->parameter_count : NULL;
     }
     net->tensor_count++;
     net->parameter_count += count;
 }
 
+/* PyTorch's initial values. */
 static void add_linear(sida_net *net, sida_net_linear *layer, int side, const char *weight,
                        const char *bias, int64_t rows, int64_t cols, int64_t fan_in) {
+    float bound = 1.0f / sqrtf((float)fan_in);
     layer->rows = rows;
     layer->cols = cols;
-    add(net, &layer->weight, side, weight, 2, rows, cols, fan_in);
-    add(net, &layer->bias, side, bias, 1, rows, 1, fan_in);
+    add(net, &layer->weight, side, weight, 2, rows, cols, 0, bound);
+    add(net, &layer->bias, side, bias, 1, rows, 1, 0, bound);
+}
+
+static void lay_out_lstm(sida_net *net, int side) {
+    const sida_net_config *c = &net->config;
+    sida_net_trunk *trunk = &net->trunks[side];
+    int64_t h = c->hidden;
+    add_linear(net, &trunk->compress, side, "compress.weight", "compress.bias", h, c->d_model,
+               c->d_model);
+    int directions = sida_net_directions(c, side);
+    int64_t units = h / directions;
+    for (int cell = 0; cell < directions * c->lstm_layers; cell++) {
+        char weight[40], bias[40];
+        int l = cell / directions;
+        const char *way = cell % directions ? "_reverse" : "";
+        snprintf(weight, sizeof weight, "lstm.weight_ih_l%d%s", l, way);
+        snprintf(bias, sizeof bias, "lstm.bias_ih_l%d%s", l, way);
+        add_linear(net, &trunk->input[cell], side, weight, bias, 4 * units, h, units);
+        snprintf(weight, sizeof weight, "lstm.weight_hh_l%d%s", l, way);
+        snprintf(bias, sizeof bias, "lstm.bias_hh_l%d%s", l, way);
+        add_linear(net, &trunk->recurrent[cell], side, weight, bias, 4 * units, units, units);
+    }
+    add_linear(net, &trunk->residual, side, "residual.weight", "residual.bias", h, h, h);
+    add_linear(net, &trunk->heads, side, "heads.weight", "heads.bias",
+               (int64_t)c->layers[side] * c->experts, h, h);
+}
+
+/* A layer without a bias, of standard deviation 1/sqrt(cols) at first; one that writes to the
+ * residual stream begins at zero, so that every block begins as the identity. */
+static void add_weight(sida_net *net, sida_net_linear *layer, int side, const char *path,
+                       const char *name, int64_t rows, int64_t cols, bool zero) {
+    char full[40];
+    snprintf(full, sizeof full, "%s%s.weight", path, name);
+    layer->rows = rows;
+    layer->cols = cols;
+    add(net, &layer->weight, side, full, 2, rows, cols, 0, zero ? 0 : sqrtf(3.0f / (float)cols));
+}
+
+static void add_norm(sida_net *net, sida_net_linear *layer, int side, const char *path,
+                     const char *name, int64_t width) {
+    char full[40];
+    snprintf(full, sizeof full, "%s%s.weight", path, name);
+    layer->rows = 1;
+    layer->cols = width;
+    add(net, &layer->weight, side, full, 1, width, 1, 1, 0);
+}
+
+/* The bias of compress and heads begins at zero. */
+static void add_biased(sida_net *net, sida_net_linear *layer, int side, const char *name,
+                       int64_t rows, int64_t cols) {
+    char bias[40];
+    add_weight(net, layer, side, "", name, rows, cols, false);
+    snprintf(bias, sizeof bias, "%s.bias", name);
+    add(net, &layer->bias, side, bias, 1, rows, 1, 0, 0);
+}
+
+static void add_attend(sida_net *net, sida_net_attend *attend, int side, const char *path) {
+    int64_t h = net->config.hidden;
+    add_norm(net, &attend->norm, side, path, "norm", h);
+    add_weight(net, &attend->query, side, path, "query", h, h, false);
+    add_weight(net, &attend->key_value, side, path, "key_value", 2 * h, h, false);
+    add_weight(net, &attend->output, side, path, "output", h, h, true);
+}
+
+static void lay_out_transformer(sida_net *net, int side) {
+    const sida_net_config *c = &net->config;
+    sida_net_trunk *trunk = &net->trunks[side];
+    const int64_t h = c->hidden;
+    const bool cross = side == 1 && c->layers[0] > 0;
+    add_biased(net, &trunk->compress, side, "compress", h, c->d_model);
+    add_norm(net, &trunk->norm_in, side, "", "norm_in", c->d_model);
+    for (uint8_t b = 0; b < c->blocks; b++) {
+        sida_net_block *block = &trunk->blocks[b];
+        char path[24];
+        snprintf(path, sizeof path, "blocks.%hhu.self.", b);
+        add_attend(net, &block->self, side, path);
+        char positions[40];
+        snprintf(positions, sizeof positions, "%spositions", path);
+        add(net, &block->self.positions, side, positions, 2, SIDA_NET_BUCKETS,
+            h / SIDA_NET_HEAD_WIDTH, 0, 0);
+        snprintf(path, sizeof path, "blocks.%hhu.cross.", b);
+        if (cross) add_attend(net, &block->cross, side, path);
+        snprintf(path, sizeof path, "blocks.%hhu.", b);
+        add_norm(net, &block->norm, side, path, "norm", h);
+        add_weight(net, &block->up, side, path, "up", SIDA_NET_UP * h, h, false);
+        add_weight(net, &block->down, side, path, "down", h, SIDA_NET_UP * h, true);
+    }
+    if (cross) add_norm(net, &trunk->norm_memory, side, "", "norm_memory", h);
+    add_norm(net, &trunk->norm_out, side, "", "norm_out", h);
+    add_biased(net, &trunk->heads, side, "heads", (int64_t)c->layers[side] * c->experts, h);
 }
 
 static void lay_out(sida_net *net) {
-    const sida_net_config *c = &net->config;
-    int64_t h = c->hidden;
     net->tensor_count = 0;
     net->parameter_count = 0;
     for (int side = 0; side < 2; side++) {
-        sida_net_trunk *trunk = &net->trunks[side];
-        trunk->present = c->layers[side] > 0;
-        if (!trunk->present) continue;
-        add_linear(net, &trunk->compress, side, "compress.weight", "compress.bias", h, c->d_model,
-                   c->d_model);
-        int directions = sida_net_directions(c, side);
-        int64_t units = h / directions;
-        for (int cell = 0; cell < directions * c->lstm_layers; cell++) {
-            char weight[40], bias[40];
-            int l = cell / directions;
-            const char *way = cell % directions ? "_reverse" : "";
-            snprintf(weight, sizeof weight, "lstm.weight_ih_l%d%s", l, way);
-            snprintf(bias, sizeof bias, "lstm.bias_ih_l%d%s", l, way);
-            add_linear(net, &trunk->input[cell], side, weight, bias, 4 * units, h, units);
-            snprintf(weight, sizeof weight, "lstm.weight_hh_l%d%s", l, way);
-            snprintf(bias, sizeof bias, "lstm.bias_hh_l%d%s", l, way);
-            add_linear(net, &trunk->recurrent[cell], side, weight, bias, 4 * units, units, units);
-        }
-        add_linear(net, &trunk->residual, side, "residual.weight", "residual.bias", h, h, h);
-        add_linear(net, &trunk->heads, side, "heads.weight", "heads.bias",
-                   (int64_t)c->layers[side] * c->experts, h, h);
+        net->trunks[side].present = net->config.layers[side] > 0;
+        if (!net->trunks[side].present) continue;
+        if (net->config.kind == SIDA_NET_TRANSFORMER)
+            lay_out_transformer(net, side);
+        else
+            lay_out_lstm(net, side);
     }
 }
 
@@ -149,9 +246,8 @@ void sida_net_initialise(sida_net *net, uint64_t seed) {
     sida_rng rng = sida_rng_seed(seed);
     for (int32_t i = 0; i < net->tensor_count; i++) {
         sida_net_tensor *t = &net->tensors[i];
-        float bound = 1.0f / sqrtf((float)t->fan_in);
         for (int64_t k = 0; k < t->count; k++)
-            t->data[k] = (2.0f * sida_rng_f32(&rng) - 1.0f) * bound;
+            t->data[k] = t->centre + (2.0f * sida_rng_f32(&rng) - 1.0f) * t->bound;
     }
 }
 
@@ -164,19 +260,28 @@ sida_weight sida_net_weight(const sida_net_linear *layer) {
 static const struct {
     const char *key;
     size_t offset;
-} config_fields[] = {{"d_model", offsetof(sida_net_config, d_model)},
-                     {"hidden", offsetof(sida_net_config, hidden)},
-                     {"lstm_layers", offsetof(sida_net_config, lstm_layers)},
-                     {"experts", offsetof(sida_net_config, experts)},
-                     {"vocabulary", offsetof(sida_net_config, vocabulary)},
-                     {"layers_encoder", offsetof(sida_net_config, layers[0])},
-                     {"layers_decoder", offsetof(sida_net_config, layers[1])}};
+    unsigned kinds; /* that have it: 1 << kind */
+} config_fields[] = {{"d_model", offsetof(sida_net_config, d_model), ~0u},
+                     {"hidden", offsetof(sida_net_config, hidden), ~0u},
+                     {"lstm_layers", offsetof(sida_net_config, lstm_layers), 1u << SIDA_NET_LSTM},
+                     {"blocks", offsetof(sida_net_config, blocks), 1u << SIDA_NET_TRANSFORMER},
+                     {"experts", offsetof(sida_net_config, experts), ~0u},
+                     {"vocabulary", offsetof(sida_net_config, vocabulary), ~0u},
+                     {"layers_encoder", offsetof(sida_net_config, layers[0]), ~0u},
+                     {"layers_decoder", offsetof(sida_net_config, layers[1]), ~0u}};
 enum { config_field_count = sizeof config_fields / sizeof *config_fields };
+
+static bool has_field(const sida_net_config *config, int field) {
+    return config_fields[field].kinds >> config->kind & 1;
+}
 
 json_t *sida_net_config_to_json(const sida_net_config *config) {
     json_t *object = json_object();
+    if (config->kind != SIDA_NET_LSTM)
+        json_object_set_new(object, "kind", json_string(sida_net_kind_name(config->kind)));
     for (int i = 0; i < config_field_count; i++) {
         int32_t value;
+        if (!has_field(config, i)) continue;
         memcpy(&value, (const char *)config + config_fields[i].offset, sizeof value);
         json_object_set_new(object, config_fields[i].key, json_integer(value));
     }
@@ -190,7 +295,17 @@ json_t *sida_net_config_to_json(const sida_net_config *config) {
 sida_status sida_net_config_from_json(sida_net_config *out, const json_t *object,
                                       const char *file) {
     *out = (sida_net_config){0};
+    const json_t *kind = json_object_get(object, "kind");
+    if (kind) {
+        const char *name = json_string_value(kind);
+        if (!name || !sida_net_kind_from_name(&out->kind, name))
+            return sida_fail(SIDA_ERROR_FORMAT,
+                             "%s: its config's net.kind is '%.40s', which this version does not "
+                             "know",
+                             file, name ? name : "(no text)");
+    }
     for (int i = 0; i < config_field_count; i++) {
+        if (!has_field(out, i)) continue;
         const json_t *field = json_object_get(object, config_fields[i].key);
         if (!json_is_integer(field))
             return sida_fail(SIDA_ERROR_FORMAT, "%s: its config has no whole number net.%s", file,

@@ -7,7 +7,20 @@
  *
  * Options of ours: the encoder's LSTM in two directions, each of hidden / 2 units, whose outputs
  * stand side by side, the forward one first, for what reads them; softmax in SparseMax's place; no
- * attention, then o = h + residual(x). */
+ * attention, then o = h + residual(x).
+ *
+ * The other kind of network, ours, is a small Transformer with T5's pre-norm and relative positions
+ * (Raffel et al. 2020), of heads of SIDA_NET_HEAD_WIDTH columns, norm(x) = weight * x /
+ * rms(x) with T5's epsilon 1e-6, and no biases but in compress and heads:
+ *
+ *     x = compress(norm_in(e))
+ *     each block: x += output(attention(norm(x)));  x += down(relu(up(norm(x))))
+ *     logits = heads(norm_out(x))
+ *
+ * attention: softmax(q kᵀ / √HEAD_WIDTH + positions[bucket(key - query)]) v, 32 buckets, distance
+ * 128 at most, both ways in the encoder, causal in the decoder. A decoder's block has
+ * cross-attention between the two: queries from norm(x), keys and values from norm_memory(the
+ * encoder's last x), no positions. */
 #ifndef SIDA_RUNTIME_PREDICTOR_NET_H
 #define SIDA_RUNTIME_PREDICTOR_NET_H
 
@@ -32,9 +45,26 @@ typedef enum sida_net_attention {
 const char *sida_net_attention_name(sida_net_attention attention); /* sparsemax, softmax, none */
 bool sida_net_attention_from_name(sida_net_attention *out, const char *name);
 
+typedef enum sida_net_kind { SIDA_NET_LSTM, SIDA_NET_TRANSFORMER } sida_net_kind;
+/* lstm, transformer: the names of their hash sources, too. */
+const char *sida_net_kind_name(sida_net_kind kind);
+bool sida_net_kind_from_name(sida_net_kind *out, const char *name);
+
+enum {
+    SIDA_NET_HEAD_WIDTH = 32, /* a Transformer's hidden is a multiple of it */
+    SIDA_NET_BLOCKS_MAX = 8,
+    SIDA_NET_BUCKETS = 32,
+    SIDA_NET_DISTANCE = 128,
+    SIDA_NET_UP = 2 /* up's rows over hidden */
+};
+#define SIDA_NET_EPSILON 1e-6f /* of a Transformer's norms */
+
 typedef struct sida_net_config {
-    int32_t d_model, hidden, lstm_layers, experts, vocabulary;
-    int32_t layers[2]; /* MoE layers of encoder and decoder; 0: no trunk for that side */
+    sida_net_kind kind;
+    int32_t d_model, hidden, experts, vocabulary;
+    int32_t lstm_layers; /* LSTM: 1 … SIDA_NET_LSTM_MAX, else 0 */
+    int32_t blocks;      /* Transformer, of each side: 1 … SIDA_NET_BLOCKS_MAX, else 0 */
+    int32_t layers[2];   /* MoE layers of encoder and decoder; 0: no trunk for that side */
     sida_net_attention attention;
     bool bidirectional; /* the encoder's LSTM; hidden is even then */
 } sida_net_config;
@@ -42,8 +72,9 @@ typedef struct sida_net_config {
 /* Directions of a side's LSTM: the decoder has one, as it is causal. */
 int sida_net_directions(const sida_net_config *config, int side);
 
-/* The paper's 768 to 256, for any width: d_model / 3 rounded up to a multiple of 64. */
-int32_t sida_net_default_hidden(int32_t d_model);
+/* The paper's 768 to 256, for any width: d_model / 3 rounded up to a multiple of 64; a
+ * Transformer's is at least 128. */
+int32_t sida_net_default_hidden(sida_net_kind kind, int32_t d_model);
 /* ARGUMENT, naming the value, for sizes that no real predictor has and for two directions of an odd
  * width or of no encoder. */
 sida_status sida_net_config_check(const sida_net_config *config);
@@ -54,7 +85,7 @@ typedef struct sida_net_tensor {
     char name[48];
     int rank;
     int64_t shape[2], count;
-    int64_t fan_in; /* initial values are uniform within 1/sqrt(fan_in), as PyTorch's */
+    float centre, bound; /* initial values are uniform within centre ± bound */
     float *data;
 } sida_net_tensor;
 
@@ -63,9 +94,24 @@ typedef struct sida_net_linear {
     int64_t rows, cols;
 } sida_net_linear;
 
+/* A norm's weight is [1, width], without bias. */
+typedef struct sida_net_attend {
+    sida_net_linear norm, query, key_value, output; /* key_value: [2 hidden, hidden], keys first */
+    float *positions;                               /* [SIDA_NET_BUCKETS, heads]; cross: NULL */
+} sida_net_attend;
+
+typedef struct sida_net_block {
+    sida_net_attend self, cross; /* cross: of a decoder that has an encoder, else all NULL */
+    sida_net_linear norm, up, down;
+} sida_net_block;
+
 typedef struct sida_net_trunk {
     bool present;
     sida_net_linear compress; /* d_model -> hidden */
+    /* Of a Transformer, else NULL; norm_memory where there is cross-attention. */
+    sida_net_linear norm_in, norm_memory, norm_out;
+    sida_net_block blocks[SIDA_NET_BLOCKS_MAX];
+    /* The rest but heads is of an LSTM, else NULL. */
     /* By cell, of U units: hidden, or half of it. */
     sida_net_linear input[SIDA_NET_CELLS_MAX];     /* weight_ih, bias_ih: hidden -> 4 U */
     sida_net_linear recurrent[SIDA_NET_CELLS_MAX]; /* weight_hh, bias_hh: U -> 4 U */
@@ -85,7 +131,8 @@ typedef struct sida_net {
 /* All parameters zero. Also serves as the gradient of a net. */
 sida_status sida_net_create(sida_net **out, const sida_net_config *config);
 void sida_net_destroy(sida_net *net); /* takes NULL */
-/* PyTorch's default initialisation from a seed of ours. */
+/* From a seed of ours: an LSTM's as PyTorch's default; a Transformer's weights uniform, of standard
+ * deviation 1/sqrt(fan_in), what writes to the residual stream, positions and biases zero. */
 void sida_net_initialise(sida_net *net, uint64_t seed);
 sida_weight sida_net_weight(const sida_net_linear *layer);
 /* FORMAT for an id that is no row of the embedding. */
@@ -101,8 +148,9 @@ sida_status sida_net_read(sida_net **out, sida_h5_file *file, const sida_net_con
 
 /* --- the forward pass */
 
-/* What the last call left of one side; n tokens. Layer l of the LSTM reads input(l): compressed, or
- * the layer below. Gates and cells are by direction: [directions, n, 4 U] and [directions, n, U].
+/* What the last call left of one side; n tokens. What is of an LSTM alone: layer l of it reads
+ * input(l): compressed, or the layer below. Gates and cells are by direction: [directions, n, 4 U]
+ * and [directions, n, U].
  */
 typedef struct sida_net_activations {
     int64_t tokens;
@@ -112,8 +160,10 @@ typedef struct sida_net_activations {
     float *gates[SIDA_NET_LSTM_MAX], *cells[SIDA_NET_LSTM_MAX], *out[SIDA_NET_LSTM_MAX];
     float *mixed;  /* [n, hidden] what the heads read */
     float *logits; /* [n, layers * experts] */
-    /* Ready to be given to the backward op; without tokens or attention: no sequences. */
+    /* An LSTM's, ready to be given to the backward op; without tokens or attention: no sequences.
+     */
     sida_sparsemax_attention_call self, cross;
+    struct sida_net_transformer_side *transformer; /* net_transformer.h; NULL of an LSTM */
     void *storage[4]; /* behind the pointers above, kept between calls */
     size_t storage_items[4];
 } sida_net_activations;
@@ -125,7 +175,9 @@ typedef struct sida_net_pass {
     sida_net_activations sides[2];
     /* The decoder's state. */
     float *state_h[SIDA_NET_LSTM_MAX], *state_c[SIDA_NET_LSTM_MAX]; /* [sequences, hidden] */
-    float *memory;    /* [sequences, capacity, hidden]: its LSTM's outputs so far */
+    /* [planes, sequences, capacity, hidden]: its LSTM's outputs so far, one plane; a Transformer's
+     * keys and values of block b: planes 2 b and 2 b + 1. */
+    float *memory;
     int32_t *counts;  /* [sequences] tokens so far */
     int32_t capacity; /* rows a sequence */
     size_t state_items, count_items, memory_items;
@@ -140,7 +192,8 @@ void sida_net_pass_destroy(sida_net_pass *pass); /* takes NULL */
 /* Starts a batch: runs the encoder's trunk and empties the decoder's state. ids are rows of the
  * embedding (FORMAT otherwise). */
 sida_status sida_net_encode(sida_net_pass *pass, sida_weight embedding, const sida_ragged *input);
-/* The next 0 … n tokens of each sequence of the batch. */
+/* The next 0 … n tokens of each sequence of the batch. A Transformer that trains decodes once a
+ * batch. */
 sida_status sida_net_decode(sida_net_pass *pass, sida_weight embedding, const sida_ragged *step);
 
 #endif

@@ -8,15 +8,11 @@
 
 enum { ALIGNMENT = 256, LINEARS_MAX = 3 + 2 * SIDA_NET_CELLS_MAX };
 
-/* --- memory, laid out as it is taken; base NULL only counts */
+_Static_assert(SIDA_NET_UP <= 3, "what is between up and down lies where q, k and v do");
 
-typedef struct layout {
-    char *base;
-    size_t used;
-    bool overflow;
-} layout;
+/* --- memory */
 
-static void *part(layout *at, int64_t rows, int64_t width, size_t size) {
+void *sida_net_layout_part(sida_net_layout *at, int64_t rows, int64_t width, size_t size) {
     size_t bytes, end;
     if (sida_mul_overflow((size_t)rows, (size_t)width, &bytes) ||
         sida_mul_overflow(bytes, size, &bytes) || sida_add_overflow(bytes, ALIGNMENT - 1, &bytes) ||
@@ -29,8 +25,8 @@ static void *part(layout *at, int64_t rows, int64_t width, size_t size) {
     return start;
 }
 
-static float *floats(layout *at, int64_t rows, int64_t width) {
-    return part(at, rows, width, sizeof(float));
+static float *floats(sida_net_layout *at, int64_t rows, int64_t width) {
+    return sida_net_layout_part(at, rows, width, sizeof(float));
 }
 
 static int64_t larger(int64_t a, int64_t b) {
@@ -45,21 +41,30 @@ static int64_t outputs_of(const sida_net_device *device) {
 }
 
 /* The arrays that host and device both have. */
-static void lay_shared(char **index, char **results, layout *at, const sida_net_device *device,
-                       int64_t rows) {
+static void lay_shared(char **index, char **results, sida_net_layout *at,
+                       const sida_net_device *device, int64_t rows) {
     const sida_net_config *c = &device->config;
     int64_t layers = larger(c->layers[0], c->layers[1]);
-    *index = part(at, 10 * (int64_t)device->limits.sequences + 2 + rows, 1, sizeof(int32_t));
-    *results = part(at, rows, layers * device->limits.k, sizeof(int32_t) + sizeof(float));
+    *index = sida_net_layout_part(at, 10 * (int64_t)device->limits.sequences + 2 + rows, 1,
+                                  sizeof(int32_t));
+    *results =
+        sida_net_layout_part(at, rows, layers * device->limits.k, sizeof(int32_t) + sizeof(float));
 }
 
-static void lay_lane(sida_net_lane *lane, layout *at, const sida_net_device *device) {
+static void lay_lane(sida_net_lane *lane, sida_net_layout *at, const sida_net_device *device) {
     const sida_net_config *c = &device->config;
     int64_t rows = lane->rows, h = c->hidden;
     int64_t chunk = smaller(rows, SIDA_NET_CHUNK_ROWS) * larger(c->d_model, outputs_of(device));
     lay_shared(&lane->index, &lane->results, at, device, rows);
-    lane->wide = floats(at, larger(rows * 4 * h, chunk), 1);
+    bool transformer = c->kind == SIDA_NET_TRANSFORMER;
+    int64_t between = transformer ? 3 * h : 4 * h; /* columns */
+    lane->wide = floats(at, larger(rows * between, chunk), 1);
     lane->compressed = floats(at, rows, h);
+    if (transformer) {
+        int64_t normed = larger(smaller(rows, SIDA_NET_CHUNK_ROWS) * c->d_model, rows * h);
+        lane->normed = sida_net_layout_part(at, normed, 1, sida_dtype_bytes(device->activations));
+        return;
+    }
     lane->mixed = floats(at, rows, h);
     /* The encoder's go to the state where the decoder attends to them. */
     bool kept = c->layers[0] > 0 && c->layers[1] > 0 && sida_net_device_attends(device);
@@ -67,7 +72,7 @@ static void lay_lane(sida_net_lane *lane, layout *at, const sida_net_device *dev
     lane->workspace = floats(at, device->limits.sequences, 5 * h);
 }
 
-static void lay_states(layout *at, sida_net_device *device) {
+static void lay_states(sida_net_layout *at, sida_net_device *device) {
     const sida_hash_limits *l = &device->limits;
     const sida_net_config *c = &device->config;
     int64_t h = c->hidden;
@@ -75,6 +80,12 @@ static void lay_states(layout *at, sida_net_device *device) {
     bool attends = sida_net_device_attends(device);
     for (int32_t i = 0; decoder && i < l->states; i++) {
         sida_net_device_state *state = &device->states[i];
+        if (c->kind == SIDA_NET_TRANSFORMER) {
+            int64_t width = 2 * c->blocks * h; /* keys and values */
+            if (encoder) state->trunk = floats(at, l->input_tokens, width);
+            state->memory = floats(at, (int64_t)l->sequences * l->decoder_positions, width);
+            continue;
+        }
         if (encoder && attends) state->trunk = floats(at, l->input_tokens, h);
         state->carry = floats(at, 2 * (int64_t)c->lstm_layers * l->sequences, h);
         if (attends) state->memory = floats(at, (int64_t)l->sequences * l->decoder_positions, h);
@@ -95,7 +106,11 @@ static int linears_of(sida_net_linear *out[LINEARS_MAX], sida_net_trunk *trunk,
     return count;
 }
 
-static void lay_parameters(layout *at, sida_net_device *device) {
+static void lay_parameters(sida_net_layout *at, sida_net_device *device) {
+    if (device->config.kind == SIDA_NET_TRANSFORMER) {
+        sida_net_device_transformer_lay(device, at);
+        return;
+    }
     for (int side = 0; side < 2; side++) {
         sida_net_linear *all[LINEARS_MAX];
         if (!device->trunks[side].present) continue;
@@ -109,13 +124,14 @@ static void lay_parameters(layout *at, sida_net_device *device) {
 
 /* --- making one */
 
-bool sida_net_device_possible(const sida_backend *backend) {
+bool sida_net_device_possible(const sida_backend *backend, const sida_net_config *config) {
     const sida_ops *ops = sida_ops_of(backend);
+    if (config->kind == SIDA_NET_TRANSFORMER) return ops->attention && ops->append;
     return ops->lstm && ops->sparsemax_attention;
 }
 
 static sida_status take(sida_net_device *device, sida_buffer **out, sida_memory_kind kind,
-                        const layout *counted, const char *what) {
+                        const sida_net_layout *counted, const char *what) {
     if (counted->overflow)
         return sida_fail(SIDA_ERROR_MEMORY, "%s: larger than memory can be", what);
     return sida_buffer_create(device->backend, out, kind, counted->used, what);
@@ -124,15 +140,17 @@ static sida_status take(sida_net_device *device, sida_buffer **out, sida_memory_
 static sida_status open_lane(sida_net_device *device, sida_net_lane *lane, int64_t rows) {
     sida_status status = SIDA_OK;
     lane->rows = rows;
-    layout at = {0}, host = {0};
+    sida_net_layout at = {0}, host = {0};
     lay_lane(lane, &at, device);
     SIDA_TRY(take(device, &lane->device, SIDA_MEMORY_DEVICE, &at, "the predictor's workspace"));
-    lay_lane(lane, &(layout){.base = lane->device->data}, device);
+    lay_lane(lane, &(sida_net_layout){.base = lane->device->data}, device);
     lay_shared(&lane->host_index, &lane->host_results, &host, device, rows);
     SIDA_TRY(take(device, &lane->host, SIDA_MEMORY_HOST, &host, "the predictor's host arrays"));
-    host = (layout){.base = lane->host->data};
+    host = (sida_net_layout){.base = lane->host->data};
     lay_shared(&lane->host_index, &lane->host_results, &host, device, rows);
     SIDA_TRY(sida_stream_create(device->backend, &lane->stream, SIDA_STREAM_COMPUTE));
+    if (device->config.kind == SIDA_NET_TRANSFORMER)
+        SIDA_TRY(sida_graphs_create(&lane->graphs, lane->stream, 1));
     /* The products of one row are no library's. */
     if (!device->ops->prepare || rows == 1) goto out;
     SIDA_TRY(device->ops->prepare(lane->stream));
@@ -141,14 +159,12 @@ out:
     return status;
 }
 
-static sida_status copy_parameters(sida_net_device *device, const sida_net *net) {
-    sida_status status = SIDA_OK;
-    sida_stream *stream = device->lanes[0].stream;
-    layout at = {0};
-    lay_parameters(&at, device);
-    SIDA_TRY(
-        take(device, &device->parameters, SIDA_MEMORY_DEVICE, &at, "the predictor's parameters"));
-    lay_parameters(&(layout){.base = device->parameters->data}, device);
+/* Writes them where lay_parameters() has put them in host memory. */
+static void fill_parameters(sida_net_device *device, const sida_net *net) {
+    if (device->config.kind == SIDA_NET_TRANSFORMER) {
+        sida_net_device_transformer_fill(device, net);
+        return;
+    }
     for (int side = 0; side < 2; side++) {
         sida_net_linear *to[LINEARS_MAX], *from[LINEARS_MAX];
         sida_net_trunk source = net->trunks[side];
@@ -157,12 +173,28 @@ static sida_status copy_parameters(sida_net_device *device, const sida_net *net)
         linears_of(from, &source, &device->config, side);
         for (int i = 0; i < count; i++) {
             size_t row = (size_t)to[i]->rows * sizeof(float);
-            SIDA_TRY(sida_copy(stream, to[i]->weight, from[i]->weight, row * (size_t)to[i]->cols));
-            SIDA_TRY(sida_copy(stream, to[i]->bias, from[i]->bias, row));
+            memcpy(to[i]->weight, from[i]->weight, row * (size_t)to[i]->cols);
+            memcpy(to[i]->bias, from[i]->bias, row);
         }
     }
+}
+
+static sida_status copy_parameters(sida_net_device *device, const sida_net *net) {
+    sida_status status = SIDA_OK;
+    sida_stream *stream = device->lanes[0].stream;
+    sida_net_layout at = {0};
+    char *image = NULL;
+    lay_parameters(&at, device);
+    SIDA_TRY(
+        take(device, &device->parameters, SIDA_MEMORY_DEVICE, &at, "the predictor's parameters"));
+    SIDA_TRY(SIDA_ALLOC(&image, at.used, "the predictor's parameters"));
+    lay_parameters(&(sida_net_layout){.base = image}, device);
+    fill_parameters(device, net);
+    lay_parameters(&(sida_net_layout){.base = device->parameters->data}, device);
+    SIDA_TRY(sida_copy(stream, device->parameters->data, image, at.used));
     SIDA_TRY(sida_stream_synchronize(stream));
 out:
+    free(image);
     return status;
 }
 
@@ -170,14 +202,14 @@ static sida_status open_states(sida_net_device *device) {
     sida_status status = SIDA_OK;
     const sida_hash_limits *l = &device->limits;
     int64_t rows = (int64_t)l->sequences + 1;
-    layout at = {0};
+    sida_net_layout at = {0};
     SIDA_TRY(SIDA_ALLOC(&device->states, l->states, "a predictor's states"));
     SIDA_TRY(SIDA_ALLOC(&device->offsets, rows * l->states, "a predictor's states"));
     SIDA_TRY(SIDA_ALLOC(&device->positions, rows * l->states, "a predictor's states"));
     lay_states(&at, device);
     SIDA_TRY(
         take(device, &device->states_memory, SIDA_MEMORY_DEVICE, &at, "the predictor's states"));
-    lay_states(&(layout){.base = device->states_memory->data}, device);
+    lay_states(&(sida_net_layout){.base = device->states_memory->data}, device);
     for (int32_t i = 0; i < l->states; i++) {
         device->states[i].device = device;
         device->states[i].offsets = device->offsets + i * rows;
@@ -193,7 +225,9 @@ out:
 sida_status sida_net_device_create(sida_net_device **out, const sida_net *net,
                                    sida_backend *backend, sida_weight embedding,
                                    const sida_hash_limits *limits) {
-    assert(sida_net_device_possible(backend) && embedding.cols == net->config.d_model);
+    assert(sida_net_device_possible(backend, &net->config) &&
+           embedding.cols == net->config.d_model);
+    assert(limits->weights == SIDA_F32 || limits->weights == SIDA_BF16);
     assert(limits->states >= 1 && limits->sequences >= 1 && limits->input_tokens >= 1 &&
            limits->step_tokens >= 1 && limits->decoder_positions >= 1 && limits->k >= 1 &&
            limits->k <= net->config.experts);
@@ -208,6 +242,9 @@ sida_status sida_net_device_create(sida_net_device **out, const sida_net *net,
     device->trunks[1] = net->trunks[1];
     device->embedding = embedding;
     device->limits = *limits;
+    device->weights = limits->weights;
+    device->activations =
+        device->weights == SIDA_BF16 && device->ops->bf16_activations ? SIDA_BF16 : SIDA_F32;
     pthread_mutex_init(&device->mutex, NULL);
     for (int i = 0; i < SIDA_LANES; i++) pthread_mutex_init(&device->lanes[i].mutex, NULL);
     SIDA_TRY(open_lane(device, &device->lanes[SIDA_LANE_AHEAD],
@@ -227,6 +264,7 @@ void sida_net_device_destroy(sida_net_device *device) {
     for (int i = 0; i < SIDA_LANES; i++) {
         sida_net_lane *lane = &device->lanes[i];
         sida_stream_destroy(lane->stream);
+        sida_graphs_destroy(lane->graphs);
         sida_buffer_destroy(lane->device);
         sida_buffer_destroy(lane->host);
         pthread_mutex_destroy(&lane->mutex);

@@ -1,4 +1,4 @@
-/* The network's inference on the device of a back-end: what net_forward.c does on the host, through
+/* The network's inference on the device of a back-end: what the host's pass does, through
  * the back-end's ops and streams. Memory for given limits is taken once; running takes none.
  *
  * Two lanes, each a stream with a workspace and a lock: one for a batch's encoder and its first
@@ -12,11 +12,11 @@
 #include "runtime/predictor/net.h"
 
 typedef struct sida_net_device sida_net_device;
-/* Of one batch: the encoder's LSTM outputs, and the decoder's state and memory. */
+/* Of one batch: what the decoder attends to of the encoder, and its own state and memory. */
 typedef struct sida_net_device_state sida_net_device_state;
 
 /* False where the back-end lacks an op: the network stays on the host then. */
-bool sida_net_device_possible(const sida_backend *backend);
+bool sida_net_device_possible(const sida_backend *backend, const sida_net_config *config);
 
 /* Copies the parameters. embedding: on the device, borrowed. Errors: those of taking memory. */
 sida_status sida_net_device_create(sida_net_device **out, const sida_net *net,

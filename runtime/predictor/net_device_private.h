@@ -1,7 +1,9 @@
-/* Inside net_device: its memory, taken by net_device.c, and what runs in it, net_device_run.c. */
+/* Inside net_device: its memory, taken by net_device.c, and what runs in it, net_device_run.c and,
+ * of a Transformer, net_device_transformer.c. */
 #ifndef SIDA_RUNTIME_PREDICTOR_NET_DEVICE_PRIVATE_H
 #define SIDA_RUNTIME_PREDICTOR_NET_DEVICE_PRIVATE_H
 
+#include "runtime/backend/graphs.h"
 #include "runtime/predictor/net_device.h"
 
 #include <pthread.h>
@@ -27,10 +29,19 @@ typedef struct sida_net_index {
     size_t bytes;
 } sida_net_index;
 
+/* Memory, laid out as it is taken; base NULL only counts. */
+typedef struct sida_net_layout {
+    char *base;
+    size_t used;
+    bool overflow;
+} sida_net_layout;
+void *sida_net_layout_part(sida_net_layout *at, int64_t rows, int64_t width, size_t size);
+
 typedef struct sida_net_lane {
     pthread_mutex_t mutex;
     sida_stream *stream;
     size_t stream_bytes; /* that its ops take */
+    sida_graphs *graphs; /* a Transformer's */
     sida_buffer *device, *host;
     int64_t rows; /* of a call, at most */
     char *index, *host_index;
@@ -39,6 +50,9 @@ typedef struct sida_net_lane {
     float *mixed;      /* [rows, hidden]; the LSTM's cells before it */
     float *out;        /* [rows of a call whose outputs no state keeps, hidden] */
     float *workspace;  /* [sequences, 5 hidden] */
+    /* A Transformer's residual stream is `compressed`, and its queries, keys and values and what is
+     * between up and down are in `wide`; mixed, out and workspace are an LSTM's. */
+    void *normed; /* [chunk, d_model], then [rows, hidden], of sida_net_device.activations */
     char *results, *host_results; /* experts [n, layers, k] int32, then alpha */
 } sida_net_lane;
 
@@ -49,16 +63,38 @@ struct sida_net_device_state {
     float *trunk;  /* [input tokens, hidden]; NULL where nobody attends to it */
     float *carry;  /* [LSTM layers][2][sequences, hidden] h and c of the batch's sequences */
     float *memory; /* [sequences, positions, hidden] the decoder's outputs so far; as trunk */
+    /* A Transformer has no carry; trunk is [input tokens][blocks][2][hidden], the keys and values
+     * of cross-attention, and memory [blocks][2][sequences, positions, hidden], those of the
+     * decoder's own tokens. */
     /* The host's. */
     int64_t *offsets;  /* [sequences + 1] the encoder's */
     int32_t *position; /* [sequences] the decoder's tokens so far */
 };
 
+/* A Transformer's parameters on the device, of one type but for positions and biases. */
+typedef struct sida_net_device_block {
+    sida_weight norm, project, output; /* project: queries, keys, values: [3 hidden, hidden] */
+    sida_weight positions;
+    sida_weight cross_norm, cross_query, cross_output; /* without an encoder NULL */
+    sida_weight up_norm, up, down;
+} sida_net_device_block;
+
+typedef struct sida_net_device_transformer {
+    sida_weight norm_in, compress, norm_out, heads;
+    float *compress_bias, *heads_bias;
+    /* A decoder's: all blocks' keys and values of the encoder's outputs as one product, [blocks * 2
+     * hidden, hidden]. */
+    sida_weight norm_memory, memory;
+    sida_net_device_block blocks[SIDA_NET_BLOCKS_MAX];
+} sida_net_device_transformer;
+
 struct sida_net_device {
     sida_backend *backend;
     const sida_ops *ops;
     sida_net_config config;
-    sida_net_trunk trunks[2]; /* on the device */
+    sida_net_trunk trunks[2]; /* an LSTM's on the device */
+    sida_net_device_transformer transformers[2];
+    sida_dtype weights, activations; /* a Transformer's: of its products, and of what they read */
     sida_weight embedding;
     sida_hash_limits limits;
     sida_net_lane lanes[SIDA_LANES];
@@ -73,5 +109,29 @@ struct sida_net_device {
 static inline bool sida_net_device_attends(const sida_net_device *device) {
     return device->config.attention != SIDA_NET_NO_ATTENTION;
 }
+
+typedef struct sida_net_call {
+    const sida_net_device *device;
+    sida_net_lane *lane;
+    sida_net_device_state *state;
+    int side;
+    int32_t sequences, k;
+    int64_t tokens;
+    sida_net_index host, index; /* the same on the device */
+    float *top;                 /* [tokens, hidden] the last LSTM layer's outputs */
+} sida_net_call;
+
+/* --- a Transformer's */
+
+/* Where the parameters lie, and their values, once they lie in host memory. */
+void sida_net_device_transformer_lay(sida_net_device *device, sida_net_layout *at);
+void sida_net_device_transformer_fill(sida_net_device *device, const sida_net *net);
+/* All below the heads: leaves the residual stream in the lane. */
+sida_status sida_net_device_transformer_run(const sida_net_call *call);
+/* After an encoder's call: puts in the state what the decoder will attend to. */
+sida_status sida_net_device_transformer_keep(const sida_net_call *call);
+/* The scores of some rows, in the lane's `wide`. */
+sida_status sida_net_device_transformer_score(const sida_net_call *call, int64_t first,
+                                              int64_t rows);
 
 #endif

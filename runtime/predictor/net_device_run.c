@@ -24,27 +24,16 @@ static sida_net_index lay_index(char *base, int64_t sequences, int64_t tokens) {
     return index;
 }
 
-typedef struct net_call {
-    const sida_net_device *device;
-    sida_net_lane *lane;
-    sida_net_device_state *state;
-    int side;
-    int32_t sequences, k;
-    int64_t tokens;
-    sida_net_index host, index; /* the same on the device */
-    float *top;                 /* [tokens, hidden] the last LSTM layer's outputs */
-} net_call;
-
-static net_call begin(sida_net_device_state *state, int which, int side, const sida_ragged *input,
-                      int32_t k) {
+static sida_net_call begin(sida_net_device_state *state, int which, int side,
+                           const sida_ragged *input, int32_t k) {
     sida_net_lane *lane = &state->device->lanes[which];
-    net_call call = {.device = state->device,
-                     .lane = lane,
-                     .state = state,
-                     .side = side,
-                     .sequences = input->sequences,
-                     .k = k,
-                     .tokens = sida_ragged_tokens(input)};
+    sida_net_call call = {.device = state->device,
+                          .lane = lane,
+                          .state = state,
+                          .side = side,
+                          .sequences = input->sequences,
+                          .k = k,
+                          .tokens = sida_ragged_tokens(input)};
     call.host = lay_index(lane->host_index, call.sequences, call.tokens);
     call.index = lay_index(lane->index, call.sequences, call.tokens);
     call.top = side == 0 && state->trunk ? state->trunk : lane->out;
@@ -55,7 +44,7 @@ static net_call begin(sida_net_device_state *state, int which, int side, const s
     return call;
 }
 
-static sida_status apply(const net_call *q, float *y, const float *x, int64_t n,
+static sida_status apply(const sida_net_call *q, float *y, const float *x, int64_t n,
                          const sida_net_linear *layer, sida_epilogue epilogue) {
     return q->device->ops->linear(q->lane->stream,
                                   &(sida_linear_call){.y = y,
@@ -71,7 +60,7 @@ static sida_status apply(const net_call *q, float *y, const float *x, int64_t n,
 
 /* The LSTM's layers over what was compressed; all write where the last one's outputs belong, so all
  * directions of a layer have read the one below before the first of them writes. */
-static sida_status run_lstm(const net_call *q) {
+static sida_status run_lstm(const sida_net_call *q) {
     sida_status status = SIDA_OK;
     const sida_net_config *c = &q->device->config;
     const sida_net_trunk *trunk = &q->device->trunks[q->side];
@@ -110,7 +99,7 @@ out:
 }
 
 /* Everything below the attention; without one, all that the heads read. */
-static sida_status run_trunk(const net_call *q) {
+static sida_status run_trunk(const sida_net_call *q) {
     sida_status status = SIDA_OK;
     const sida_net_device *device = q->device;
     const sida_net_trunk *trunk = &device->trunks[q->side];
@@ -133,7 +122,7 @@ out:
     return status;
 }
 
-static sida_status attend(const net_call *q, const float *memory, const int64_t *start,
+static sida_status attend(const sida_net_call *q, const float *memory, const int64_t *start,
                           const int32_t *count, const int32_t *position) {
     bool softmax = q->device->config.attention == SIDA_NET_SOFTMAX;
     return q->device->ops->sparsemax_attention(
@@ -152,8 +141,55 @@ static sida_status attend(const net_call *q, const float *memory, const int64_t 
                                                           .rows = q->tokens});
 }
 
+/* The decoder's memory grows, and its queries look at it and at the encoder. */
+static sida_status attend_to_both(const sida_net_call *q) {
+    sida_status status = SIDA_OK;
+    const sida_net_device_state *state = q->state;
+    const sida_net_index *at = &q->index;
+    /* Keys and values are the same vectors, at the same place. */
+    SIDA_TRY(q->device->ops->append(q->lane->stream,
+                                    &(sida_append_call){.k_cache = state->memory,
+                                                        .v_cache = state->memory,
+                                                        .k = q->top,
+                                                        .v = q->top,
+                                                        .width = q->device->config.hidden,
+                                                        .ld = q->device->config.hidden,
+                                                        .sequences = q->sequences,
+                                                        .rows = q->tokens,
+                                                        .q_start = at->offsets,
+                                                        .start = at->memory_start,
+                                                        .q_count = at->counts,
+                                                        .position = at->positions}));
+    SIDA_TRY(attend(q, state->memory, at->memory_start, at->memory_count, at->positions));
+    if (state->trunk) SIDA_TRY(attend(q, state->trunk, at->trunk_start, at->trunk_count, NULL));
+out:
+    return status;
+}
+
+/* All below the heads. */
+static sida_status run(const sida_net_call *q) {
+    sida_status status = SIDA_OK;
+    if (q->device->config.kind == SIDA_NET_TRANSFORMER) return sida_net_device_transformer_run(q);
+    SIDA_TRY(run_trunk(q));
+    if (!sida_net_device_attends(q->device)) goto out;
+    if (q->side == 0)
+        SIDA_TRY(attend(q, q->top, q->index.offsets, q->index.counts, NULL));
+    else
+        SIDA_TRY(attend_to_both(q));
+out:
+    return status;
+}
+
+/* The scores of some rows, in the lane's `wide`. */
+static sida_status score(const sida_net_call *q, int64_t first, int64_t rows) {
+    if (q->device->config.kind == SIDA_NET_TRANSFORMER)
+        return sida_net_device_transformer_score(q, first, rows);
+    return apply(q, q->lane->wide, q->lane->mixed + first * q->device->config.hidden, rows,
+                 &q->device->trunks[q->side].heads, SIDA_EPILOGUE_NONE);
+}
+
 /* Scores, and what they choose. */
-static sida_status choose(const net_call *q) {
+static sida_status choose(const sida_net_call *q) {
     sida_status status = SIDA_OK;
     const sida_net_config *c = &q->device->config;
     const sida_net_lane *lane = q->lane;
@@ -162,8 +198,7 @@ static sida_status choose(const net_call *q) {
     float *alpha = (float *)(experts + q->tokens * each);
     for (int64_t first = 0; first < q->tokens; first += SIDA_NET_CHUNK_ROWS) {
         int64_t rows = smaller(q->tokens - first, SIDA_NET_CHUNK_ROWS);
-        SIDA_TRY(apply(q, lane->wide, lane->mixed + first * c->hidden, rows,
-                       &q->device->trunks[q->side].heads, SIDA_EPILOGUE_NONE));
+        SIDA_TRY(score(q, first, rows));
         SIDA_TRY(q->device->ops->router(lane->stream,
                                         &(sida_router_call){.experts = experts + first * each,
                                                             .alpha = alpha + first * each,
@@ -176,8 +211,31 @@ out:
     return status;
 }
 
+static sida_status issue(void *context) {
+    sida_status status = run(context);
+    return status == SIDA_OK ? choose(context) : status;
+}
+
+/* Issues a call whose index is on its way to the device. A Transformer is many small kernels: what
+ * comes back in the same shape is replayed. An encoder's does not depend on the state. */
+static sida_status compute(sida_net_call *q) {
+    sida_status status = SIDA_OK;
+    sida_graphs *graphs = q->lane->graphs;
+    if (!graphs) return issue(q);
+    const sida_graphs_key key = {.subject = q->side == 1 ? q->state : NULL,
+                                 .tokens = q->tokens,
+                                 .sequences = q->sequences,
+                                 .side = q->side,
+                                 .chooser = q->k};
+    SIDA_TRY(sida_graphs_begin(graphs, &key));
+    SIDA_TRY(sida_graphs_issue(graphs, 0, issue, q));
+    if (q->side == 0) SIDA_TRY(sida_net_device_transformer_keep(q));
+out:
+    return status;
+}
+
 /* Waits for the choice and makes a table of it. */
-static sida_status read_table(const net_call *q, sida_hash_table *out) {
+static sida_status read_table(const sida_net_call *q, sida_hash_table *out) {
     sida_status status = SIDA_OK;
     const sida_net_lane *lane = q->lane;
     int32_t layers = q->device->config.layers[q->side];
@@ -232,18 +290,15 @@ static sida_status encode(sida_net_device_state *state, const sida_ragged *input
                           sida_hash_table *out) {
     sida_status status = SIDA_OK;
     sida_net_device *device = state->device;
-    net_call q = begin(state, SIDA_LANE_AHEAD, 0, input, k);
-    if (device->trunks[1].present) SIDA_TRY(clear_carry(state, q.lane->stream));
+    sida_net_call q = begin(state, SIDA_LANE_AHEAD, 0, input, k);
+    if (device->trunks[1].present && state->carry) SIDA_TRY(clear_carry(state, q.lane->stream));
     if (!device->trunks[0].present || q.tokens == 0) {
         status = sida_hash_table_reserve(out, 0, device->config.layers[0], k, 0);
         goto out;
     }
     SIDA_TRY(
         sida_upload(q.lane->stream, q.lane->index, q.lane->host, q.lane->host_index, q.host.bytes));
-    SIDA_TRY(run_trunk(&q));
-    if (sida_net_device_attends(device))
-        SIDA_TRY(attend(&q, q.top, q.index.offsets, q.index.counts, NULL));
-    SIDA_TRY(choose(&q));
+    SIDA_TRY(compute(&q));
     SIDA_TRY(read_table(&q, out));
 out:
     return status;
@@ -267,7 +322,7 @@ sida_status sida_net_device_encode(sida_net_device_state *state, const sida_ragg
 }
 
 /* Where each sequence stands, on the host's side of the index. */
-static sida_status fill_positions(const net_call *q) {
+static sida_status fill_positions(const sida_net_call *q) {
     const sida_net_device_state *state = q->state;
     int32_t most = q->device->limits.decoder_positions;
     for (int32_t s = 0; s < q->sequences; s++) {
@@ -285,42 +340,14 @@ static sida_status fill_positions(const net_call *q) {
     return SIDA_OK;
 }
 
-/* The decoder's memory grows, and its queries look at it and at the encoder. */
-static sida_status attend_to_both(const net_call *q) {
-    sida_status status = SIDA_OK;
-    const sida_net_device_state *state = q->state;
-    const sida_net_index *at = &q->index;
-    /* Keys and values are the same vectors, at the same place. */
-    SIDA_TRY(q->device->ops->append(q->lane->stream,
-                                    &(sida_append_call){.k_cache = state->memory,
-                                                        .v_cache = state->memory,
-                                                        .k = q->top,
-                                                        .v = q->top,
-                                                        .width = q->device->config.hidden,
-                                                        .ld = q->device->config.hidden,
-                                                        .sequences = q->sequences,
-                                                        .rows = q->tokens,
-                                                        .q_start = at->offsets,
-                                                        .start = at->memory_start,
-                                                        .q_count = at->counts,
-                                                        .position = at->positions}));
-    SIDA_TRY(attend(q, state->memory, at->memory_start, at->memory_count, at->positions));
-    if (state->trunk) SIDA_TRY(attend(q, state->trunk, at->trunk_start, at->trunk_count, NULL));
-out:
-    return status;
-}
-
 static sida_status decode(sida_net_device_state *state, int which, const sida_ragged *step,
                           int32_t k, sida_hash_table *out) {
     sida_status status = SIDA_OK;
-    sida_net_device *device = state->device;
-    net_call q = begin(state, which, 1, step, k);
+    sida_net_call q = begin(state, which, 1, step, k);
     SIDA_TRY(fill_positions(&q));
     SIDA_TRY(
         sida_upload(q.lane->stream, q.lane->index, q.lane->host, q.lane->host_index, q.host.bytes));
-    SIDA_TRY(run_trunk(&q));
-    if (sida_net_device_attends(device)) SIDA_TRY(attend_to_both(&q));
-    SIDA_TRY(choose(&q));
+    SIDA_TRY(compute(&q));
     SIDA_TRY(read_table(&q, out));
     for (int32_t s = 0; s < q.sequences; s++) state->position[s] = q.host.memory_count[s];
 out:

@@ -1,30 +1,38 @@
-#include "runtime/predictor/net.h"
+#include "runtime/predictor/net_private.h"
 
 #include "formats/base/memory.h"
 #include "runtime/ops/embedding.h"
 #include "runtime/ops/gemm.h"
 #include "runtime/ops/lstm.h"
+#include "runtime/predictor/net_transformer.h"
 
 #include <assert.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* What storage[] holds. */
-enum { STORE_FLOATS, STORE_PROBABILITIES, STORE_LONGS, STORE_INTS };
-
 sida_status sida_net_pass_create(sida_net_pass **out, const sida_net *net, bool training) {
-    sida_status status = SIDA_ALLOC(out, 1, "a predictor's pass");
-    if (status != SIDA_OK) return status;
-    (*out)->net = net;
-    (*out)->training = training;
-    return SIDA_OK;
+    *out = NULL;
+    sida_status status = SIDA_OK;
+    sida_net_pass *pass = NULL;
+    SIDA_TRY(SIDA_ALLOC(&pass, 1, "a predictor's pass"));
+    pass->net = net;
+    pass->training = training;
+    for (int side = 0; side < 2 && net->config.kind == SIDA_NET_TRANSFORMER; side++)
+        SIDA_TRY(SIDA_ALLOC(&pass->sides[side].transformer, 1, "a predictor's pass"));
+    *out = pass;
+    pass = NULL;
+out:
+    sida_net_pass_destroy(pass);
+    return status;
 }
 
 void sida_net_pass_destroy(sida_net_pass *pass) {
     if (!pass) return;
-    for (int side = 0; side < 2; side++)
+    for (int side = 0; side < 2; side++) {
         for (int i = 0; i < 4; i++) free(pass->sides[side].storage[i]);
+        free(pass->sides[side].transformer);
+    }
     for (int l = 0; l < SIDA_NET_LSTM_MAX; l++) {
         free(pass->state_h[l]);
         free(pass->state_c[l]);
@@ -34,8 +42,7 @@ void sida_net_pass_destroy(sida_net_pass *pass) {
     free(pass);
 }
 
-/* Room for `items` in storage[which]; the old contents do not matter. */
-static sida_status reserve(sida_net_activations *a, int which, size_t items, size_t size) {
+sida_status sida_net_pass_reserve(sida_net_activations *a, int which, size_t items, size_t size) {
     if (a->storage[which] && items <= a->storage_items[which]) return SIDA_OK;
     free(a->storage[which]);
     a->storage[which] = NULL;
@@ -63,9 +70,9 @@ static sida_status lay_out(sida_net_pass *pass, int side, int64_t n) {
     if (sida_mul_overflow((size_t)n, (size_t)row, &items) ||
         sida_add_overflow(items, (size_t)workspace, &items))
         return sida_fail(SIDA_ERROR_MEMORY, "%" PRId64 " tokens are too many for one batch", n);
-    sida_status status = reserve(a, STORE_FLOATS, items, sizeof(float));
+    sida_status status = sida_net_pass_reserve(a, SIDA_NET_STORE_FLOATS, items, sizeof(float));
     if (status != SIDA_OK) return status;
-    float *next = (float *)a->storage[STORE_FLOATS] + workspace;
+    float *next = (float *)a->storage[SIDA_NET_STORE_FLOATS] + workspace;
     a->embedded = take(&next, n * c->d_model);
     a->compressed = take(&next, n * h);
     a->mixed = take(&next, n * h);
@@ -79,16 +86,16 @@ static sida_status lay_out(sida_net_pass *pass, int side, int64_t n) {
     return SIDA_OK;
 }
 
-/* The integers of a side: offsets and the two attentions' arrays. Everything starts at 0. */
-static sida_status lay_out_integers(sida_net_pass *pass, int side) {
+sida_status sida_net_pass_lay_out_integers(sida_net_pass *pass, int side) {
     sida_net_activations *a = &pass->sides[side];
     size_t s = (size_t)pass->sequences;
-    sida_status status = reserve(a, STORE_LONGS, 6 * s + 1, sizeof(int64_t));
-    if (status == SIDA_OK) status = reserve(a, STORE_INTS, 4 * s, sizeof(int32_t));
+    sida_status status = sida_net_pass_reserve(a, SIDA_NET_STORE_LONGS, 6 * s + 1, sizeof(int64_t));
+    if (status == SIDA_OK)
+        status = sida_net_pass_reserve(a, SIDA_NET_STORE_INTS, 4 * s, sizeof(int32_t));
     if (status != SIDA_OK) return status;
-    memset(a->storage[STORE_LONGS], 0, (6 * s + 1) * sizeof(int64_t));
-    memset(a->storage[STORE_INTS], 0, 4 * s * sizeof(int32_t));
-    a->offsets = a->storage[STORE_LONGS];
+    memset(a->storage[SIDA_NET_STORE_LONGS], 0, (6 * s + 1) * sizeof(int64_t));
+    memset(a->storage[SIDA_NET_STORE_INTS], 0, 4 * s * sizeof(int32_t));
+    a->offsets = a->storage[SIDA_NET_STORE_LONGS];
     a->self = a->cross = (sida_sparsemax_attention_call){0};
     return SIDA_OK;
 }
@@ -106,8 +113,8 @@ static bool attends(const sida_net_pass *pass) {
     return pass->net->config.attention != SIDA_NET_NO_ATTENTION;
 }
 
-static sida_status apply(const sida_net_pass *pass, float *y, const float *x, int64_t n,
-                         const sida_net_linear *layer, sida_epilogue epilogue) {
+sida_status sida_net_pass_apply(const sida_net_pass *pass, float *y, const float *x, int64_t n,
+                                const sida_net_linear *layer, sida_epilogue epilogue) {
     sida_linear_fn *linear = pass->training ? sida_linear_gemm_cpu : sida_linear_cpu;
     return linear(NULL, &(sida_linear_call){.y = y,
                                             .ldy = layer->rows,
@@ -132,8 +139,8 @@ static sida_status run_lstm(sida_net_pass *pass, int side, int64_t n) {
         int l = cell / directions, way = cell % directions;
         const sida_net_linear *recurrent = &trunk->recurrent[cell];
         float *gates = a->gates[l] + way * n * 4 * units;
-        SIDA_TRY(apply(pass, gates, l == 0 ? a->compressed : a->out[l - 1], n, &trunk->input[cell],
-                       SIDA_EPILOGUE_NONE));
+        SIDA_TRY(sida_net_pass_apply(pass, gates, l == 0 ? a->compressed : a->out[l - 1], n,
+                                     &trunk->input[cell], SIDA_EPILOGUE_NONE));
         SIDA_TRY(sida_lstm_cpu(
             NULL, &(sida_lstm_call){.out = a->out[l] + (int64_t)way * units,
                                     .ldo = c->hidden,
@@ -147,7 +154,7 @@ static sida_status run_lstm(sida_net_pass *pass, int side, int64_t n) {
                                     .reverse = way == 1,
                                     .state_h = side == 1 ? pass->state_h[l] : NULL,
                                     .state_c = side == 1 ? pass->state_c[l] : NULL,
-                                    .workspace = a->storage[STORE_FLOATS],
+                                    .workspace = a->storage[SIDA_NET_STORE_FLOATS],
                                     .linear = pass->training ? sida_linear_gemm_cpu : NULL}));
     }
 out:
@@ -164,18 +171,21 @@ static sida_status run_trunk(sida_net_pass *pass, int side, sida_weight embeddin
     int64_t n = sida_ragged_tokens(input);
     assert(embedding.cols == c->d_model);
     SIDA_TRY(sida_net_check_ids(embedding, input));
-    SIDA_TRY(lay_out_integers(pass, side));
+    SIDA_TRY(sida_net_pass_lay_out_integers(pass, side));
     SIDA_TRY(lay_out(pass, side, n));
     memcpy(a->offsets, input->offsets, ((size_t)pass->sequences + 1) * sizeof *a->offsets);
     SIDA_TRY(sida_embedding_cpu(NULL, a->embedded, embedding, input->ids, n));
-    SIDA_TRY(apply(pass, a->compressed, a->embedded, n, &trunk->compress, SIDA_EPILOGUE_RELU));
+    SIDA_TRY(sida_net_pass_apply(pass, a->compressed, a->embedded, n, &trunk->compress,
+                                 SIDA_EPILOGUE_RELU));
     SIDA_TRY(run_lstm(pass, side, n));
     if (attends(pass)) {
-        SIDA_TRY(apply(pass, a->mixed, a->compressed, n, &trunk->residual, SIDA_EPILOGUE_NONE));
+        SIDA_TRY(sida_net_pass_apply(pass, a->mixed, a->compressed, n, &trunk->residual,
+                                     SIDA_EPILOGUE_NONE));
         goto out;
     }
     memcpy(a->mixed, a->out[c->lstm_layers - 1], (size_t)(n * c->hidden) * sizeof(float));
-    SIDA_TRY(apply(pass, a->mixed, a->compressed, n, &trunk->residual, SIDA_EPILOGUE_ADD));
+    SIDA_TRY(
+        sida_net_pass_apply(pass, a->mixed, a->compressed, n, &trunk->residual, SIDA_EPILOGUE_ADD));
 out:
     return status;
 }
@@ -186,7 +196,7 @@ static sida_sparsemax_attention_call attention(sida_net_pass *pass, int side, in
     sida_net_activations *a = &pass->sides[side];
     int32_t s = pass->sequences;
     int64_t *longs = a->offsets + s + 1 + (int64_t)which * 2 * s; /* k_start, p_start */
-    int32_t *ints = a->storage[STORE_INTS];                       /* q_count, q_position, k_count */
+    int32_t *ints = a->storage[SIDA_NET_STORE_INTS];              /* q_count, q_position, k_count */
     return (sida_sparsemax_attention_call){
         .out = a->mixed,
         .queries = a->out[pass->net->config.lstm_layers - 1],
@@ -218,8 +228,8 @@ static sida_status keep_probabilities(sida_net_pass *pass, int side) {
                 sida_add_overflow(total, area, &total) || total > INT64_MAX)
                 return sida_fail(SIDA_ERROR_MEMORY, "sequences too long for attention");
         }
-    sida_status status = reserve(a, STORE_PROBABILITIES, total, sizeof(float));
-    for (int i = 0; i < 2; i++) calls[i]->probabilities = a->storage[STORE_PROBABILITIES];
+    sida_status status = sida_net_pass_reserve(a, SIDA_NET_STORE_KEPT, total, sizeof(float));
+    for (int i = 0; i < 2; i++) calls[i]->probabilities = a->storage[SIDA_NET_STORE_KEPT];
     return status;
 }
 
@@ -229,10 +239,15 @@ static sida_status finish(sida_net_pass *pass, int side) {
     if (pass->training) SIDA_TRY(keep_probabilities(pass, side));
     if (a->self.sequences > 0) SIDA_TRY(sida_sparsemax_attention_cpu(NULL, &a->self));
     if (a->cross.sequences > 0) SIDA_TRY(sida_sparsemax_attention_cpu(NULL, &a->cross));
-    SIDA_TRY(apply(pass, a->logits, a->mixed, a->tokens, &pass->net->trunks[side].heads,
-                   SIDA_EPILOGUE_NONE));
+    SIDA_TRY(sida_net_pass_apply(pass, a->logits, a->mixed, a->tokens,
+                                 &pass->net->trunks[side].heads, SIDA_EPILOGUE_NONE));
 out:
     return status;
+}
+
+/* Matrices of a row for every token of the decoder so far. */
+static size_t planes(const sida_net_config *c) {
+    return c->kind == SIDA_NET_TRANSFORMER ? 2 * (size_t)c->blocks : 1;
 }
 
 static sida_status reset_state(sida_net_pass *pass) {
@@ -258,7 +273,7 @@ static sida_status reset_state(sida_net_pass *pass) {
         }
     }
     if (items > pass->state_items) pass->state_items = items;
-    size_t capacity = items > 0 ? pass->memory_items / items : 0;
+    size_t capacity = items > 0 ? pass->memory_items / items / planes(c) : 0;
     pass->capacity = capacity > INT32_MAX / 2 ? INT32_MAX / 2 : (int32_t)capacity;
 out:
     return status;
@@ -272,9 +287,14 @@ sida_status sida_net_encode(sida_net_pass *pass, sida_weight embedding, const si
     pass->sides[1].tokens = 0;
     if (pass->net->trunks[1].present) SIDA_TRY(reset_state(pass));
     if (!pass->net->trunks[0].present) goto out;
+    if (pass->net->config.kind == SIDA_NET_TRANSFORMER) {
+        SIDA_TRY(sida_net_transformer_run(pass, 0, embedding, input));
+        goto out;
+    }
     SIDA_TRY(run_trunk(pass, 0, embedding, input));
     if (attends(pass)) a->self = attention(pass, 0, 0, a->out[pass->net->config.lstm_layers - 1]);
-    int32_t *counts = a->storage[STORE_INTS], *keys = counts + 2 * (int64_t)pass->sequences;
+    int32_t *counts = a->storage[SIDA_NET_STORE_INTS],
+            *keys = counts + 2 * (int64_t)pass->sequences;
     int64_t *k_start = a->offsets + pass->sequences + 1;
     for (int32_t s = 0; s < pass->sequences; s++) {
         int64_t length = a->offsets[s + 1] - a->offsets[s];
@@ -300,14 +320,16 @@ static sida_status grow_memory(sida_net_pass *pass, const sida_ragged *step) {
     if (needed > INT32_MAX / 2) SIDA_FAIL(SIDA_ERROR_MEMORY, "a sequence is too long");
     int64_t capacity = pass->capacity > 0 ? 2 * (int64_t)pass->capacity : needed;
     if (capacity < needed) capacity = needed;
-    size_t items;
-    if (sida_mul_overflow((size_t)(pass->sequences * h), (size_t)capacity, &items))
+    size_t items, rows = planes(&pass->net->config) * (size_t)pass->sequences;
+    if (sida_mul_overflow(rows * (size_t)h, (size_t)capacity, &items))
         SIDA_FAIL(SIDA_ERROR_MEMORY, "a sequence is too long");
     SIDA_TRY(SIDA_ALLOC(&memory, items, "a predictor's memory"));
-    for (int32_t s = 0; s < pass->sequences; s++)
-        if (pass->counts[s] > 0)
-            memcpy(memory + s * capacity * h, pass->memory + (int64_t)s * pass->capacity * h,
-                   (size_t)pass->counts[s] * (size_t)h * sizeof *memory);
+    for (int64_t r = 0; r < (int64_t)rows; r++) {
+        int32_t count = pass->counts[r % pass->sequences];
+        if (count > 0)
+            memcpy(memory + r * capacity * h, pass->memory + r * pass->capacity * h,
+                   (size_t)count * (size_t)h * sizeof *memory);
+    }
     free(pass->memory);
     pass->memory = memory;
     pass->memory_items = items;
@@ -324,6 +346,11 @@ sida_status sida_net_decode(sida_net_pass *pass, sida_weight embedding, const si
     int64_t h = net->config.hidden;
     int last = net->config.lstm_layers - 1;
     assert(net->trunks[1].present && step->sequences == pass->sequences);
+    if (net->config.kind == SIDA_NET_TRANSFORMER) {
+        if (!pass->training) SIDA_TRY(grow_memory(pass, step));
+        status = sida_net_transformer_run(pass, 1, embedding, step);
+        goto out;
+    }
     if (!attends(pass)) {
         SIDA_TRY(run_trunk(pass, 1, embedding, step));
         status = finish(pass, 1);
@@ -333,7 +360,7 @@ sida_status sida_net_decode(sida_net_pass *pass, sida_weight embedding, const si
     SIDA_TRY(run_trunk(pass, 1, embedding, step));
     a->self = attention(pass, 1, 0, pass->memory);
     if (net->trunks[0].present) a->cross = attention(pass, 1, 1, encoder->out[last]);
-    int32_t n = pass->sequences, *counts = a->storage[STORE_INTS], *positions = counts + n;
+    int32_t n = pass->sequences, *counts = a->storage[SIDA_NET_STORE_INTS], *positions = counts + n;
     int32_t *keys = counts + 2 * (int64_t)n, *cross_keys = counts + 3 * (int64_t)n;
     int64_t *k_start = a->offsets + n + 1, *cross_start = k_start + 2 * (int64_t)n;
     for (int32_t s = 0; s < n; s++) {

@@ -5,7 +5,7 @@
 #include "runtime/predictor/hash_source.h"
 #include "runtime/predictor/net.h"
 
-/* --- lstm: the paper's network */
+/* --- lstm: the paper's network; transformer: ours */
 
 /* Over a network in memory. net and embedding are borrowed; the network may change between
  * batches. */
@@ -105,8 +105,8 @@ sida_status sida_router_source_create(sida_hash_source **out, const sida_source_
                                       sida_weight embedding, sida_fingerprint model,
                                       sida_fingerprint tokenizer);
 
-/* --- random: what another source predicts, with the experts' names drawn anew for each sequence and
- * layer (the same for all its tokens)
+/* --- random: what another source predicts, with the experts' names drawn anew for each sequence
+ * and layer (the same for all its tokens)
  *
  * A baseline for what predictions are worth: as many distinct experts of every layer, with the same
  * factors, and none of it from the input. Takes `inner` over, in an error too. */

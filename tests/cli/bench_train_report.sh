@@ -19,17 +19,17 @@ says 'report' "| E=128, L=512: tokens/s against PyTorch's best way | 2.00 × | 1
 # Beside the lowest of PyTorch's peaks: 400 of 1200 MiB.
 says 'report' "L=512: peak memory over PyTorch's lowest, own count |  | 0.500 | 0.333 | yes |"
 says 'report' "L=32: peak memory over PyTorch's lowest, the driver's |  | 0.500 | 0.600 | **no** |"
-says 'report' 'L=32: step / LSTM alone (sida-persistent-tf32) |  | 1.400 | 1.467 | **no** |'
-says 'report' 'L=512: step / LSTM alone (sida-standard-tf32) |  | 1.400 | 1.250 | yes |'
+says 'report' 'L=32: step / LSTM alone on cuDNN (sida-cudnn-tf32) |  | 1.400 | 1.467 | **no** |'
+says 'report' 'L=512: step / LSTM alone on cuDNN (sida-cudnn-tf32) |  | 1.400 | 1.250 | yes |'
 says 'report' 'E=128, L=32: idle |  | 5.0% | 4.0% | yes |'
 says 'report' 'E=128, L=512: idle |  | 5.0% |  | not measured |'
 says 'report' '| tracing against the forward alone |  | 90.0% | 93.8% | yes |'
 says 'report' '| tracing against Transformers with hooks |  | 10.00 × | 25.00 × | yes |'
 says 'report' '| bytes a traced token |  | 800 bytes | 750 bytes | yes |'
 says 'report' 'training alone: against PyTorch |  |  | 5.00 × | reported |'
-says 'report' '| 128 | 32 | l1-renorm | 1.100 | 1,861,818 | 1.155 | 1.500 | 6.000 | 4.500 |  | 4.09 | 0.750 | sida-persistent-tf32 |'
+says 'report' '| 128 | 32 | l1-renorm | 1.100 | 1,861,818 | 1.155 | 1.500 | 6.000 | 4.500 |  | 4.09 | 0.750 | sida-cudnn-tf32 | 0.600 |'
 says 'report' '| 128 | 32 | 1.250 | 40.0% | 30.0% | 20.0% | 5.0% | 2.0% | 4.0% | 8 |'
-says 'report' '| `sida trace` | 180,000 | 90,000 | 72,000 | 750 | 15.0 |'
+says 'report' '| `sida trace` | 180,000 | 90,000 | 72,000 | 750 | 15.0 | 2 |'
 says 'report' '| PyTorch, TF32 | 15 | 1410 | 20.0 | 135,000 | 9.0 | 65.5 |'
 says 'report' '`trace: sida trace --input valid.tsv`: ended after 240 s'
 
@@ -81,6 +81,8 @@ says 'steps' '--tkd l1-renorm --lambda 0.005 --clip 0 --modes compile --experts 
 says 'steps' 'bench_lstm 4 64 2 2 5 9: '
 runs 0 --parts trace --keep
 says 'a trace' '--dry-run: ok'
+runs=$(grep -c -e '--dry-run: ok' "$work/stdout")
+[ "$runs" -eq 2 ] || problem "a trace: $runs runs of the forward alone"
 runs 1 --parts whole --keep
 says 'a training' "--output $work/sida-bench-train/predictor.h5: ok"
 says 'a training' '1 jobs failed'

@@ -20,9 +20,9 @@ run() { # run OPTION...
 run
 digest=$(value digest)
 [ -n "$digest" ] || problem 'no digest'
-for source in lstm table bigram popular layer-hash; do
+for source in lstm transformer table bigram popular layer-hash; do
     set -- --trace "$work/train.h5" --output "$work/$source.h5" --source $source
-    [ $source = lstm ] && set -- "$@" --valid "$work/test.h5" --epochs 2
+    [ $source = lstm ] || [ $source = transformer ] && set -- "$@" --valid "$work/test.h5" --epochs 2
     accepts "train $source" "$sida" train "$@"
     accepts "eval $source" "$sida" eval --trace "$work/test.h5" --predictor "$work/$source.h5" --json
     is "eval's source" "$(value source)" $source
@@ -47,10 +47,17 @@ network both.h5 --bidirectional --attention softmax --lstm-layers 1
 is 'attention' "$(value attention)" softmax
 grep -q '"bidirectional": true' "$work/stdout" || problem 'inspect knows of no two directions'
 grep -q 'encoder.lstm.weight_hh_l0_reverse' "$work/both.h5.safetensors" || problem 'no other direction in the export'
+network small.h5 --source transformer --hidden 32 --blocks 1
+is 'blocks' "$(value blocks)" 1
+grep -q '"kind": "transformer"' "$work/stdout" || problem 'inspect knows of no Transformer'
+grep -q 'encoder.blocks.0.self.positions' "$work/small.h5.safetensors" || problem 'no block in the export'
+accepts 'train it on three threads' "$sida" train --trace "$work/train.h5" --valid "$work/test.h5" --epochs 1 \
+    --output "$work/threads.h5" --source transformer --hidden 32 --blocks 1 --threads 3
+cmp -s "$work/threads.h5" "$work/small.h5" || problem 'threads change a Transformer'
 network none.h5 --attention none
 is 'attention' "$(value attention)" none
 accepts 'inspect the paper'"'"'s' "$sida" inspect --json "$work/lstm.h5"
-grep -q 'bidirectional\|attention' "$work/stdout" && problem 'the paper'"'"'s network names options'
+grep -q 'bidirectional\|attention\|transformer\|blocks' "$work/stdout" && problem 'the paper'"'"'s network names options'
 
 accepts 'train layer-hash, random' "$sida" train --trace "$work/train.h5" --output "$work/random.h5" \
     --source layer-hash --hash random --seed 3 --valid "$work/test.h5" --json
@@ -85,7 +92,7 @@ fit() { # fit NAME STATUS PATTERN OPTION...
     shift 3
     refuses "$name" "$want" "$pattern" "$sida" train --trace "$work/train.h5" --output "$out" "$@"
 }
-fit 'unknown source' 2 "--source 'guess': unknown; expected lstm or one of popular, table" --source guess
+fit 'unknown source' 2 "--source 'guess': unknown; expected lstm, transformer or one of popular, table" --source guess
 fit 'oracle to train' 2 'give the trace itself' --source oracle
 fit 'steps of a table' 2 '--lr: nothing is trained by steps' --source table --lr 0.1
 fit 'no validation for a network' 2 '--valid is required' --source lstm

@@ -2,7 +2,7 @@
  * chooses, they give the bytes of the pass that was issued kernel by kernel. */
 #include "formats/base/memory.h"
 #include "formats/base/rng.h"
-#include "runtime/model/graphs.h"
+#include "runtime/backend/graphs.h"
 #include "runtime/model/model.h"
 #include "tests/gpu/gpu.h"
 

@@ -70,7 +70,13 @@ static void wide_gradients(void **state) {
     shape.bidirectional = true;
     shape.attention = SIDA_NET_SOFTMAX;
     rig_gradient(backend, sida_learner_create, shape, options, fp32_tolerance);
+    shape.bidirectional = false;
     shape.attention = SIDA_NET_SPARSEMAX;
+    shape.blocks = 2;
+    shape.longest[0] = 200; /* beyond the distance of the positions */
+    rig_gradient(backend, sida_learner_create, shape, options, fp32_tolerance);
+    shape.blocks = 0;
+    shape.bidirectional = true;
     shape.d_model = shape.hidden = 64;
     shape.experts = 8;
     shape.top = 8;
@@ -80,6 +86,9 @@ static void wide_gradients(void **state) {
     shape.equal = true;
     options.batch = 130;
     rig_gradient(backend, sida_learner_create, shape, options, fp32_tolerance);
+    shape.bidirectional = false;
+    shape.blocks = 1;
+    rig_gradient(backend, sida_learner_create, shape, options, fp32_tolerance);
 }
 
 /* Rounding grows with the steps: measured on the CPU between two orders of the same sums it is
@@ -88,6 +97,8 @@ static void curve(void **state) {
     (void)state;
     rig_curve(backend, sida_learner_create, rig_default(), rig_options(), 1e-3);
     rig_curve(backend, sida_learner_create, rig_variant(3, 2, 1), rig_options(), 1e-3);
+    rig_curve(backend, sida_learner_create, rig_variant(3, 2, RIG_TRANSFORMER), rig_options(),
+              2e-2);
 }
 static void curve_tf32(void **state) {
     (void)state;
@@ -105,17 +116,20 @@ static void same_bytes(void **state) {
             options.device_batch = part;
             rig_bytes(backend, sida_learner_create, rig_default(), options);
             rig_bytes(backend, sida_learner_create, rig_variant(3, 2, 1), options);
+            rig_bytes(backend, sida_learner_create, rig_variant(3, 2, RIG_TRANSFORMER), options);
         }
 }
 
 static void memory(void **state) {
     (void)state;
     rig_memory(backend, sida_learner_create, rig_default(), rig_options());
+    rig_memory(backend, sida_learner_create, rig_variant(3, 2, RIG_TRANSFORMER), rig_options());
 }
 
 static void not_finite(void **state) {
     (void)state;
     rig_not_finite(backend, sida_learner_create, rig_default());
+    rig_not_finite(backend, sida_learner_create, rig_variant(3, 2, RIG_TRANSFORMER));
 }
 
 /* --- whole trainings */
@@ -222,7 +236,7 @@ static void files(void **state) {
 int main(void) {
     backend = gpu_open();
     if (!backend) return test_skip(sida_last_message());
-    if (sida_learner_check(backend) != SIDA_OK) {
+    if (sida_learner_check(backend, SIDA_NET_LSTM) != SIDA_OK) {
         sida_backend_destroy(backend);
         return test_skip(sida_last_message());
     }

@@ -29,13 +29,19 @@ static inline const sida_tensor_view *golden_find(const golden *g, const char *n
     return NULL;
 }
 
-/* A copy of an F32 tensor; *count its elements. */
+/* A copy of an F32 or F16 tensor in F32; *count its elements. */
 static inline float *golden_floats(const golden *g, const char *name, size_t *count) {
     const sida_tensor_view *view = golden_find(g, name);
-    assert_int_equal(view->dtype, SIDA_F32);
-    float *values = malloc(view->bytes + 1);
-    memcpy(values, view->data, view->bytes);
-    *count = view->bytes / sizeof(float);
+    const bool half = view->dtype == SIDA_F16;
+    assert_true(half || view->dtype == SIDA_F32);
+    *count = view->bytes / (half ? 2 : sizeof(float));
+    float *values = malloc(*count * sizeof *values + 1);
+    if (!half) memcpy(values, view->data, view->bytes);
+    for (size_t i = 0; half && i < *count; i++) {
+        uint16_t bits;
+        memcpy(&bits, (const char *)view->data + 2 * i, sizeof bits);
+        values[i] = sida_f16_to_f32(bits);
+    }
     return values;
 }
 
@@ -83,10 +89,15 @@ static inline void golden_reset(golden *g) {
     }
 }
 
-/* options: two directions and softmax. */
-static inline void golden_open(golden *g, bool options) {
-    const char *path = options ? "tests/grad/golden/train_options.safetensors"
-                               : "tests/grad/golden/train.safetensors";
+/* OPTIONS: two directions and softmax. */
+typedef enum golden_kind { GOLDEN_PAPER, GOLDEN_OPTIONS, GOLDEN_TRANSFORMER } golden_kind;
+
+static inline void golden_open(golden *g, golden_kind kind) {
+    static const char *const paths[] = {"tests/grad/golden/train.safetensors",
+                                        "tests/grad/golden/train_options.safetensors",
+                                        "tests/grad/golden/train_transformer.safetensors"};
+    const char *path = paths[kind];
+    const bool options = kind == GOLDEN_OPTIONS, transformer = kind == GOLDEN_TRANSFORMER;
     memset(g, 0, sizeof *g);
     assert_int_equal(sida_file_map(&g->map, path), SIDA_OK);
     assert_int_equal(sida_safetensors_parse(&g->file, g->map.data, g->map.size, path), SIDA_OK);
@@ -102,9 +113,11 @@ static inline void golden_open(golden *g, bool options) {
     golden_side(g, 0, "encoder");
     golden_side(g, 1, "decoder");
     const sida_net_config config = {
+        .kind = transformer ? SIDA_NET_TRANSFORMER : SIDA_NET_LSTM,
         .d_model = g->data.d_model,
         .hidden = (int32_t)golden_find(g, "initial.encoder.compress.weight")->shape[0],
-        .lstm_layers = 2,
+        .lstm_layers = transformer ? 0 : 2,
+        .blocks = transformer ? 2 : 0,
         .experts = GOLDEN_EXPERTS,
         .vocabulary = g->data.vocabulary,
         .layers = {g->data.layers[0], g->data.layers[1]},

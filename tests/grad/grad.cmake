@@ -2,3 +2,5 @@ sida_test(backward_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/backward_test.c DEPEND
   LABELS grad)
 sida_test(train_golden_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/train_golden_test.c DEPENDS sida_trainer
   LABELS grad)
+sida_test(transformer_backward_test
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/transformer_backward_test.c DEPENDS sida_trainer LABELS grad)

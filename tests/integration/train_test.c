@@ -209,6 +209,33 @@ static void cancelled(void **state) {
     expect_same();
 }
 
+/* A Transformer's state is whole in its checkpoint, too. */
+static void cancelled_transformer(void **state) {
+    (void)state;
+    test_bytes files[2];
+    for (int i = 0; i < 2; i++) {
+        worker w = {.options = small_options(), .cancel_step = 10};
+        w.options.output = output_path;
+        w.options.source = "transformer";
+        w.options.hidden = 32;
+        w.options.blocks = 2;
+        w.options.context = &w;
+        if (i == 1) {
+            w.options.on_step = on_step;
+            assert_int_equal(sida_train(&w.options, NULL), SIDA_ERROR_CANCELLED);
+            assert_int_equal(access(checkpoint, F_OK), 0);
+            w.options.on_step = NULL;
+            w.options.resume = true;
+        }
+        if (sida_train(&w.options, NULL) != SIDA_OK) fail_msg("%s", sida_last_message());
+        files[i] = test_read(output_path);
+        assert_int_equal(unlink(output_path), 0);
+    }
+    assert_int_equal(files[0].size, files[1].size);
+    assert_memory_equal(files[0].data, files[1].data, files[0].size);
+    for (int i = 0; i < 2; i++) free(files[i].data);
+}
+
 static void refused(const sida_train_options *o, sida_status code, const char *words) {
     sida_status status = sida_train(o, NULL);
     if (status != code || !strstr(sida_last_message(), words))
@@ -468,6 +495,7 @@ int main(int argc, char **argv) {
                                        cmocka_unit_test(killed_again_and_again),
                                        cmocka_unit_test(killed_at_any_time),
                                        cmocka_unit_test(cancelled),
+                                       cmocka_unit_test(cancelled_transformer),
                                        cmocka_unit_test(resume_refuses),
                                        cmocka_unit_test(other_options_other_bytes),
                                        cmocka_unit_test(result),

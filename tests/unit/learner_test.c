@@ -52,6 +52,10 @@ static void gradients(void **state) {
     shape.equal = true;
     shape.bidirectional = true;
     rig_gradient(backend, sida_learner_create_cuda, shape, options, 5 * tolerance);
+    shape.bidirectional = false;
+    shape.blocks = 1;
+    shape.hidden = 32;
+    rig_gradient(backend, sida_learner_create_cuda, shape, options, 5 * tolerance);
     sida_backend_destroy(backend);
 }
 
@@ -60,6 +64,8 @@ static void curve(void **state) {
     sida_backend *backend = open_device();
     rig_curve(backend, sida_learner_create_cuda, rig_default(), rig_options(), 1e-3);
     rig_curve(backend, sida_learner_create_cuda, rig_variant(3, 2, 1), rig_options(), 1e-3);
+    rig_curve(backend, sida_learner_create_cuda, rig_variant(3, 2, RIG_TRANSFORMER), rig_options(),
+              1e-2);
     sida_backend_destroy(backend);
 }
 
@@ -70,6 +76,7 @@ static void same_bytes(void **state) {
     for (int part = 0; part < 6; part += 5) {
         options.device_batch = part;
         rig_bytes(backend, sida_learner_create_cuda, rig_default(), options);
+        rig_bytes(backend, sida_learner_create_cuda, rig_variant(3, 2, RIG_TRANSFORMER), options);
     }
     sida_backend_destroy(backend);
 }
@@ -78,6 +85,8 @@ static void memory(void **state) {
     (void)state;
     sida_backend *backend = open_device();
     rig_memory(backend, sida_learner_create_cuda, rig_default(), rig_options());
+    rig_memory(backend, sida_learner_create_cuda, rig_variant(3, 2, RIG_TRANSFORMER),
+               rig_options());
     sida_backend_destroy(backend);
 }
 
@@ -85,6 +94,7 @@ static void not_finite(void **state) {
     (void)state;
     sida_backend *backend = open_device();
     rig_not_finite(backend, sida_learner_create_cuda, rig_default());
+    rig_not_finite(backend, sida_learner_create_cuda, rig_variant(3, 2, RIG_TRANSFORMER));
     sida_backend_destroy(backend);
 }
 

@@ -1,6 +1,6 @@
 /* When calls are recorded, replayed and forgotten, over a back-end whose graphs only count. */
 #include "formats/base/memory.h"
-#include "runtime/model/graphs.h"
+#include "runtime/backend/graphs.h"
 #include "tests/test.h"
 
 #include <string.h>
@@ -130,7 +130,7 @@ static void test_second_records(void **state) {
         {.tokens = 5, .sequences = 1, .chooser = 1},
         {.tokens = 5, .sequences = 1, .stops = 1},
         {.tokens = 5, .sequences = 1, .records = 1},
-        {.tokens = 5, .sequences = 1, .resident = &w},
+        {.tokens = 5, .sequences = 1, .subject = &w},
     };
     for (int i = 0; i < 6; i++) {
         assert_ok(sida_graphs_begin(w.graphs, &keys[i]));

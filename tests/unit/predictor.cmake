@@ -1,5 +1,7 @@
 sida_test(predictor_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_test.c DEPENDS sida_predictor
   LABELS unit)
+sida_test(predictor_select_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_select_test.c
+  DEPENDS sida_predictor LABELS unit)
 sida_test(predictor_device_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_device_test.c
   DEPENDS sida_predictor LABELS unit threads)
 sida_test(predictor_sources_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_sources_test.c

@@ -4,6 +4,7 @@
 #include "tests/test.h"
 
 #include "formats/base/file.h"
+#include "formats/base/rng.h"
 #include "formats/safetensors.h"
 #include "runtime/predictor/export.h"
 #include "runtime/predictor/net.h"
@@ -15,7 +16,7 @@
 static char folder[] = "/tmp/sida-export-XXXXXX";
 static char predictor_path[64], output_path[64];
 
-/* The paper's network, and the options of ours. */
+/* The paper's network, the options of ours, and a Transformer. */
 static const struct golden {
     const char *name;
     sida_net_config config;
@@ -42,7 +43,15 @@ static const struct golden {
                  .experts = 6,
                  .vocabulary = 20,
                  .layers = {2, 1},
-                 .attention = SIDA_NET_NO_ATTENTION}}};
+                 .attention = SIDA_NET_NO_ATTENTION}},
+               {"predictor_transformer",
+                {.kind = SIDA_NET_TRANSFORMER,
+                 .d_model = 10,
+                 .hidden = 64,
+                 .blocks = 1,
+                 .experts = 6,
+                 .vocabulary = 20,
+                 .layers = {2, 1}}}};
 enum { GOLDENS = sizeof goldens / sizeof *goldens };
 
 static void ok(sida_status status) {
@@ -95,8 +104,13 @@ static sida_net *make_net(const struct golden *g) {
     sida_net *net;
     ok(sida_net_create(&net, &g->config));
     sida_net_initialise(net, 41);
-    /* Larger than initial values, so that SparseMax drops keys. */
-    for (int64_t i = 0; i < net->parameter_count; i++) net->parameters[i] *= 3;
+    /* Larger than initial values, so that SparseMax drops keys; none of a Transformer's is zero. */
+    sida_rng rng = sida_rng_seed(42);
+    for (int64_t i = 0; i < net->parameter_count; i++)
+        if (g->config.kind == SIDA_NET_TRANSFORMER)
+            net->parameters[i] += 0.1f * sida_rng_normal(&rng);
+        else
+            net->parameters[i] *= 3;
     return net;
 }
 
@@ -132,7 +146,7 @@ static void check_export(const struct golden *g) {
     char golden_path[80];
     snprintf(golden_path, sizeof golden_path, "tests/unit/golden/%s.safetensors", g->name);
     sida_net *net = make_net(g);
-    write_predictor(net, "lstm", SIDA_H5_PREDICTOR, true);
+    write_predictor(net, sida_net_kind_name(g->config.kind), SIDA_H5_PREDICTOR, true);
     ok(sida_predictor_export(output_path, predictor_path));
     tensors ours = open_tensors(output_path), golden = open_tensors(golden_path);
     assert_int_equal(sida_safetensors_count(ours.file), net->tensor_count);
@@ -149,7 +163,8 @@ static void check_export(const struct golden *g) {
     }
     const json_t *about = sida_safetensors_metadata(ours.file);
     assert_non_null(about);
-    assert_string_equal(json_string_value(json_object_get(about, "source")), "lstm");
+    assert_string_equal(json_string_value(json_object_get(about, "source")),
+                        sida_net_kind_name(g->config.kind));
     assert_string_equal(json_string_value(json_object_get(about, "model")),
                         "00000000000000010000000000000002");
     assert_string_equal(json_string_value(json_object_get(about, "tokenizer")),
@@ -258,7 +273,7 @@ int main(int argc, char **argv) {
             char path[80];
             snprintf(path, sizeof path, "tests/unit/golden/%s.safetensors", goldens[i].name);
             sida_net *net = make_net(&goldens[i]);
-            write_predictor(net, "lstm", SIDA_H5_PREDICTOR, true);
+            write_predictor(net, sida_net_kind_name(net->config.kind), SIDA_H5_PREDICTOR, true);
             sida_net_destroy(net);
             status = sida_predictor_export(path, predictor_path);
             if (status != SIDA_OK) fprintf(stderr, "%s\n", sida_last_message());

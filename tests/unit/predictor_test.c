@@ -1,10 +1,8 @@
-/* The predictor at run time: SparseMax, bytes that do not depend on the batch or on how the decoder
- * is fed, the choice of experts, files. */
+/* The predictor at run time: bytes that do not depend on the batch or on how the decoder is fed,
+ * initial values, files. */
 #include "tests/test.h"
 
 #include "formats/base/rng.h"
-#include "runtime/ops/sparsemax.h"
-#include "runtime/predictor/select.h"
 #include "runtime/predictor/sources.h"
 
 #include <math.h>
@@ -24,12 +22,25 @@ static const sida_net_config config = {.d_model = WIDTH,
                                        .vocabulary = VOCABULARY,
                                        .layers = {3, 2}};
 
+static const sida_net_config transformer = {.kind = SIDA_NET_TRANSFORMER,
+                                            .d_model = WIDTH,
+                                            .hidden = 64,
+                                            .blocks = 2,
+                                            .experts = EXPERTS,
+                                            .vocabulary = VOCABULARY,
+                                            .layers = {3, 2}};
+
 static sida_net *make_net(const sida_net_config *of) {
     sida_net *net;
     assert_int_equal(sida_net_create(&net, of), SIDA_OK);
     sida_net_initialise(net, 5);
-    /* Larger than initial values, so that SparseMax drops keys. */
-    for (int64_t i = 0; i < net->parameter_count; i++) net->parameters[i] *= 3;
+    /* Larger than initial values, so that SparseMax drops keys; none of a Transformer's is zero. */
+    sida_rng rng = sida_rng_seed(6);
+    for (int64_t i = 0; i < net->parameter_count; i++)
+        if (of->kind == SIDA_NET_TRANSFORMER)
+            net->parameters[i] += 0.1f * sida_rng_normal(&rng);
+        else
+            net->parameters[i] *= 3;
     return net;
 }
 
@@ -38,99 +49,6 @@ static int setup(void **state) {
     sida_rng rng = sida_rng_seed(9);
     for (int i = 0; i < VOCABULARY * WIDTH; i++) embedding_rows[i] = sida_rng_normal(&rng);
     return 0;
-}
-
-static void sparsemax_known(void **state) {
-    (void)state;
-    static const struct {
-        int n;
-        float z[4], p[4];
-    } cases[] = {{1, {-7}, {1}},
-                 {2, {0, 0}, {0.5f, 0.5f}},
-                 {2, {3, 1}, {1, 0}},
-                 {3, {0.5f, 0, 0.5f}, {0.5f, 0, 0.5f}},
-                 {3, {1, 0.5f, -2}, {0.75f, 0.25f, 0}},
-                 {4, {1e6f, 1e6f, 1e6f, 1e6f}, {0.25f, 0.25f, 0.25f, 0.25f}},
-                 {4, {-1e30f, 1e30f, 0, 1}, {0, 1, 0, 0}}};
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        float p[4], scratch[4];
-        sida_sparsemax(p, cases[i].z, cases[i].n, scratch);
-        for (int k = 0; k < cases[i].n; k++) assert_true(p[k] == cases[i].p[k]);
-    }
-    float p[2], scratch[2], z[2] = {1, NAN};
-    sida_sparsemax(p, z, 2, scratch);
-    assert_true(isnan(p[0]) || isnan(p[1]));
-}
-
-/* What defines the projection: on the simplex, and z - p is the same on the support and no larger
- * off it. */
-static void sparsemax_random(void **state) {
-    (void)state;
-    sida_rng rng = sida_rng_seed(4);
-    for (int round = 0; round < 500; round++) {
-        float z[40], p[40], scratch[40];
-        int n = 1 + (int)sida_rng_below(&rng, 40);
-        float scale = 0.01f * (float)(1 + round);
-        for (int i = 0; i < n; i++) z[i] = scale * sida_rng_normal(&rng);
-        if (n > 3) z[2] = z[0]; /* a tie */
-        sida_sparsemax(p, z, n, scratch);
-        double sum = 0, threshold = -INFINITY, low = INFINITY;
-        for (int i = 0; i < n; i++) {
-            assert_true(p[i] >= 0);
-            sum += (double)p[i];
-            if (p[i] > 0) {
-                threshold = fmax(threshold, (double)z[i] - (double)p[i]);
-                low = fmin(low, (double)z[i] - (double)p[i]);
-            }
-        }
-        /* One rounding of z - top each, of values up to `scale` times a few. */
-        double bound = 1e-6 * (1 + 4 * (double)scale);
-        assert_true(fabs(sum - 1) < 40 * bound && threshold - low < bound);
-        for (int i = 0; i < n; i++)
-            if (p[i] == 0) assert_true((double)z[i] <= threshold + bound);
-        memcpy(scratch, z, sizeof scratch);
-        sida_sparsemax(z, z, n, scratch); /* in place */
-        assert_memory_equal(z, p, (size_t)n * sizeof *p);
-    }
-}
-
-static void select_ties(void **state) {
-    (void)state;
-    enum { many = 40 };
-    sida_hash_table table = {0};
-    uint64_t scratch[many];
-    const float scores[6] = {1, 3, 3, -0.0f, 0, 3};
-    static const uint16_t expected[6] = {1, 2, 5, 0, 3, 4};
-    for (int k = 1; k <= 6; k++) {
-        assert_int_equal(sida_hash_table_reserve(&table, 0, 1, k, 1), SIDA_OK);
-        assert_true(sida_select_logits(&table, 0, 0, scores, 6, scratch));
-        assert_memory_equal(table.experts, expected, (size_t)k * sizeof *expected);
-        double sum = 3 + 2 * exp(-3.0) + exp(-2.0);
-        assert_true(fabs((double)table.alpha[0] - 1 / sum) < 1e-6);
-    }
-    float sum = 0;
-    for (int i = 0; i < 6; i++) sum += table.alpha[i];
-    assert_true(fabsf(sum - 1) < 1e-6f);
-
-    /* Few and many chosen agree with each other. */
-    sida_rng rng = sida_rng_seed(3);
-    float values[many];
-    for (int i = 0; i < many; i++) values[i] = (float)sida_rng_below(&rng, 12);
-    uint16_t all[many];
-    assert_int_equal(sida_hash_table_reserve(&table, 0, 1, many, 1), SIDA_OK);
-    assert_true(sida_select_logits(&table, 0, 0, values, many, scratch));
-    memcpy(all, table.experts, sizeof all);
-    for (int i = 1; i < many; i++)
-        assert_true(values[all[i - 1]] > values[all[i]] ||
-                    (values[all[i - 1]] == values[all[i]] && all[i - 1] < all[i]));
-    for (int k = 1; k < many; k++) {
-        assert_int_equal(sida_hash_table_reserve(&table, 0, 1, k, 1), SIDA_OK);
-        assert_true(sida_select_logits(&table, 0, 0, values, many, scratch));
-        assert_memory_equal(table.experts, all, (size_t)k * sizeof *all);
-    }
-    values[7] = NAN;
-    assert_false(sida_select_logits(&table, 0, 0, values, many, scratch));
-    sida_hash_table_free(&table);
 }
 
 /* Sequences of 0 … longest tokens. */
@@ -241,6 +159,15 @@ static void bytes_options(void **state) {
     same_bytes(&of);
 }
 
+static void bytes_transformer(void **state) {
+    (void)state;
+    same_bytes(&transformer);
+    sida_net_config of = transformer;
+    of.layers[0] = 0;
+    of.hidden = 96;
+    same_bytes(&of);
+}
+
 /* With two directions the first token's scores know of the last, without they do not. */
 static void directions(void **state) {
     (void)state;
@@ -301,6 +228,7 @@ static void training_pass_agrees(void **state) {
     passes_agree(&of);
     of.attention = SIDA_NET_NO_ATTENTION;
     passes_agree(&of);
+    passes_agree(&transformer);
 }
 
 static char path[] = "/tmp/sida-predictor-XXXXXX";
@@ -316,13 +244,12 @@ static void write_predictor(const sida_net *net, const sida_net_config *says, co
     json_decref(root);
 }
 
-/* With what no writer of ours says; NULL: left out. */
-static void write_options(const sida_net *net, json_t *bidirectional, json_t *attention) {
+/* With what no writer of ours says. */
+static void write_options(const sida_net *net, const char *key, json_t *value) {
     sida_h5_file *file;
     json_t *object = sida_net_config_to_json(&config), *root = json_object();
     char source[] = "lstm";
-    if (bidirectional) json_object_set_new(object, "bidirectional", bidirectional);
-    if (attention) json_object_set_new(object, "attention", attention);
+    json_object_set_new(object, key, value);
     json_object_set_new(root, "net", object);
     const sida_predictor_meta meta = {model, tokenizer, source, root};
     assert_int_equal(sida_predictor_file_create(&file, path, SIDA_H5_PREDICTOR, &meta), SIDA_OK);
@@ -407,11 +334,11 @@ static void files(void **state) {
     wrong.hidden = 20;
     write_predictor(net, &wrong, "lstm");
     expect_refusal(model, SIDA_ERROR_FORMAT, "compress.weight");
-    write_options(net, json_integer(1), NULL);
+    write_options(net, "bidirectional", json_integer(1));
     expect_refusal(model, SIDA_ERROR_FORMAT, "net.bidirectional");
-    write_options(net, NULL, json_string("hardmax"));
+    write_options(net, "attention", json_string("hardmax"));
     expect_refusal(model, SIDA_ERROR_FORMAT, "net.attention is 'hardmax'");
-    write_options(net, NULL, json_integer(1));
+    write_options(net, "attention", json_integer(1));
     expect_refusal(model, SIDA_ERROR_FORMAT, "net.attention");
     wrong = config;
     wrong.lstm_layers = 3;
@@ -426,6 +353,20 @@ static void files(void **state) {
     wrong.hidden = 16384;
     write_predictor(net, &wrong, "lstm");
     expect_refusal(model, SIDA_ERROR_FORMAT, "compress.weight");
+    wrong = transformer;
+    write_predictor(net, &wrong, "lstm");
+    expect_refusal(model, SIDA_ERROR_FORMAT, "its source is 'lstm', its config's network 'tr");
+    write_predictor(net, &wrong, "transformer");
+    expect_refusal(model, SIDA_ERROR_FORMAT, "compress.weight");
+    wrong.hidden = 80;
+    write_predictor(net, &wrong, "transformer");
+    expect_refusal(model, SIDA_ERROR_FORMAT, "hidden of 80");
+    wrong.hidden = 64;
+    wrong.blocks = SIDA_NET_BLOCKS_MAX + 1;
+    write_predictor(net, &wrong, "transformer");
+    expect_refusal(model, SIDA_ERROR_FORMAT, "blocks of 9");
+    write_options(net, "kind", json_string("gru"));
+    expect_refusal(model, SIDA_ERROR_FORMAT, "net.kind is 'gru'");
     net->parameters[net->parameter_count - 1] = INFINITY;
     write_predictor(net, &config, "lstm");
     expect_refusal(model, SIDA_ERROR_FORMAT, "decoder.heads.bias");
@@ -470,10 +411,12 @@ static int64_t net_size(const sida_net_config *of) {
 
 static void sizes(void **state) {
     (void)state;
-    assert_int_equal(sida_net_default_hidden(768), 256);
-    assert_int_equal(sida_net_default_hidden(96), 64);
-    assert_int_equal(sida_net_default_hidden(1), 64);
-    assert_int_equal(sida_net_default_hidden(193), 128);
+    assert_int_equal(sida_net_default_hidden(SIDA_NET_LSTM, 768), 256);
+    assert_int_equal(sida_net_default_hidden(SIDA_NET_LSTM, 96), 64);
+    assert_int_equal(sida_net_default_hidden(SIDA_NET_LSTM, 1), 64);
+    assert_int_equal(sida_net_default_hidden(SIDA_NET_LSTM, 193), 128);
+    assert_int_equal(sida_net_default_hidden(SIDA_NET_TRANSFORMER, 768), 256);
+    assert_int_equal(sida_net_default_hidden(SIDA_NET_TRANSFORMER, 96), 128);
     /* The paper's counts: 1.33 M parameters at E = 8 and 1.51 M at 128, six layers, encoder only.
      */
     sida_net *net;
@@ -503,15 +446,52 @@ static void sizes(void **state) {
     paper.layers[1] = 6;
     assert_int_equal(sida_net_create(&net, &paper), SIDA_ERROR_ARGUMENT);
     assert_non_null(strstr(sida_last_message(), "bidirectional"));
+    /* A Transformer's block: four matrices of attention, two of twice the width, two norms and 32
+     * positions a head; a decoder's has four matrices and a norm more, and another norm once. */
+    sida_net_config of = transformer;
+    const int64_t two = net_size(&of), block = 8 * 64 * 64 + 2 * 64 + 32 * 2;
+    of.blocks = 1;
+    assert_int_equal(two - net_size(&of), 2 * block + 4 * 64 * 64 + 64);
+    of.layers[0] = 0;
+    assert_int_equal(net_size(&of), 64 * WIDTH + 64 + WIDTH + block + 64 + 2 * EXPERTS * (64 + 1));
+    of.attention = SIDA_NET_SOFTMAX;
+    assert_int_equal(sida_net_create(&net, &of), SIDA_ERROR_ARGUMENT);
+    of.attention = SIDA_NET_SPARSEMAX;
+    of.lstm_layers = 2;
+    assert_int_equal(sida_net_create(&net, &of), SIDA_ERROR_ARGUMENT);
+}
+
+/* A Transformer begins as norms and products alone: no layer of a block says anything, and weights
+ * have standard deviation 1/sqrt(fan_in). */
+static void initial_values(void **state) {
+    (void)state;
+    sida_net *net;
+    assert_int_equal(sida_net_create(&net, &transformer), SIDA_OK);
+    sida_net_initialise(net, 1);
+    for (int32_t i = 0; i < net->tensor_count; i++) {
+        const sida_net_tensor *t = &net->tensors[i];
+        double squares = 0, most = 0;
+        for (int64_t k = 0; k < t->count; k++) {
+            squares += (double)t->data[k] * (double)t->data[k];
+            most = fmax(most, fabs((double)t->data[k]));
+        }
+        const bool zero = strstr(t->name, "output") || strstr(t->name, "down") ||
+                          strstr(t->name, "positions") || strstr(t->name, "bias");
+        const bool one = strstr(t->name, "norm") != NULL;
+        double wanted = zero ? 0 : one ? 1 : 1 / (double)t->shape[1];
+        if (!(fabs(squares / (double)t->count - wanted) <= (zero || one ? 0 : 0.1 * wanted)) ||
+            (!zero && !one && most > sqrt(3 * wanted) + 1e-6))
+            fail_msg("%s: mean square %g, largest %g", t->name, squares / (double)t->count, most);
+    }
+    sida_net_destroy(net);
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(sparsemax_known),
-                                       cmocka_unit_test(sparsemax_random),
-                                       cmocka_unit_test(select_ties),
-                                       cmocka_unit_test(bytes_encoder_decoder),
+    const struct CMUnitTest tests[] = {cmocka_unit_test(bytes_encoder_decoder),
                                        cmocka_unit_test(bytes_decoder_only),
                                        cmocka_unit_test(bytes_options),
+                                       cmocka_unit_test(bytes_transformer),
+                                       cmocka_unit_test(initial_values),
                                        cmocka_unit_test(directions),
                                        cmocka_unit_test(training_pass_agrees),
                                        cmocka_unit_test(files),

@@ -3,11 +3,13 @@
  * host's memory. On one thread of the host, as that thread has it beside a model on the CPU; or,
  * with a DEVICE (cuda; cpu only tries it), with the predictor placed there.
  *
- *   bench_predictor D_MODEL EXPERTS SEQUENCES LENGTH K RUNS [DEVICE]
+ *   bench_predictor [--kind lstm|transformer] [--weights f32|bf16] \
+ *     D_MODEL EXPERTS SEQUENCES LENGTH K RUNS [DEVICE]
  *
- * The network has the default width, random parameters and six MoE layers a side; the embedding is
- * bf16 of 32128 random rows, ids are random: time depends on sizes alone. Prints JSON with every
- * sample; three batches before them warm up. */
+ * The network has the default width, random parameters and six MoE layers a side; a Transformer's
+ * weights on the device may be bf16. The embedding is bf16 of 32128 random rows, ids are random:
+ * time depends on sizes alone. Prints JSON with every sample; three batches before them warm up, so
+ * a device that records a Transformer's calls replays them. */
 #include "formats/base/clock.h"
 #include "formats/base/memory.h"
 #include "formats/base/rng.h"
@@ -20,10 +22,20 @@
 #include <omp.h>
 #endif
 
-enum { VOCABULARY = 32128, MOE_LAYERS = 6, LSTM_LAYERS = 2, WARMUP = 3, FIRST_ID = 3, SEED = 7 };
+enum {
+    VOCABULARY = 32128,
+    MOE_LAYERS = 6,
+    LSTM_LAYERS = 2,
+    BLOCKS = 3,
+    WARMUP = 3,
+    FIRST_ID = 3,
+    SEED = 7
+};
 
 typedef struct bench {
     int32_t d_model, experts, sequences, length, k, runs;
+    sida_net_kind kind;
+    sida_dtype weights;
     const char *device;               /* NULL: the host */
     sida_backend *backend;            /* of the device */
     sida_buffer *embedding_on_device; /* as `embedding` */
@@ -57,7 +69,8 @@ static sida_status place(bench *b) {
                                      .input_tokens = (int64_t)b->sequences * b->length,
                                      .step_tokens = b->sequences,
                                      .decoder_positions = 1,
-                                     .k = b->k};
+                                     .k = b->k,
+                                     .weights = b->weights};
     SIDA_TRY(sida_backend_create_named(&b->backend, b->device));
     SIDA_TRY(sida_buffer_create(b->backend, &b->embedding_on_device, SIDA_MEMORY_DEVICE, bytes,
                                 "an embedding"));
@@ -76,9 +89,12 @@ out:
 
 static sida_status open_source(bench *b, sida_rng *rng) {
     sida_status status = SIDA_OK;
-    const sida_net_config config = {.d_model = b->d_model,
-                                    .hidden = sida_net_default_hidden(b->d_model),
-                                    .lstm_layers = LSTM_LAYERS,
+    bool lstm = b->kind == SIDA_NET_LSTM;
+    const sida_net_config config = {.kind = b->kind,
+                                    .d_model = b->d_model,
+                                    .hidden = sida_net_default_hidden(b->kind, b->d_model),
+                                    .lstm_layers = lstm ? LSTM_LAYERS : 0,
+                                    .blocks = lstm ? 0 : BLOCKS,
                                     .experts = b->experts,
                                     .vocabulary = VOCABULARY,
                                     .layers = {MOE_LAYERS, MOE_LAYERS}};
@@ -123,9 +139,11 @@ out:
 
 static void print(const bench *b) {
     sida_device_info info;
-    printf("{\"d_model\": %d, \"hidden\": %d, \"experts\": %d, \"batch\": %d, \"length\": %d, "
+    printf("{\"kind\": \"%s\", \"weights\": \"%s\", \"d_model\": %d, \"hidden\": %d, \"experts\": "
+           "%d, \"batch\": %d, \"length\": %d, "
            "\"top_k\": %d, \"parameters\": %lld, \"threads\": 1, ",
-           b->d_model, b->net->config.hidden, b->experts, b->sequences, b->length, b->k,
+           sida_net_kind_name(b->kind), sida_dtype_name(b->weights), b->d_model,
+           b->net->config.hidden, b->experts, b->sequences, b->length, b->k,
            (long long)b->net->parameter_count);
     if (b->device) {
         bool cpu = strcmp(b->backend->table->name, "cpu") == 0;
@@ -138,19 +156,45 @@ static void print(const bench *b) {
     puts("]}");
 }
 
+/* The options before the sizes; returns how many arguments they are, or -1. */
+static int read_options(bench *b, int argc, char **argv) {
+    int at = 0;
+    for (; at + 1 < argc && strncmp(argv[at], "--", 2) == 0; at += 2) {
+        const char *option = argv[at] + 2, *value = argv[at + 1];
+        if (strcmp(option, "kind") == 0 && strcmp(value, "lstm") == 0)
+            b->kind = SIDA_NET_LSTM;
+        else if (strcmp(option, "kind") == 0 && strcmp(value, "transformer") == 0)
+            b->kind = SIDA_NET_TRANSFORMER;
+        else if (strcmp(option, "weights") == 0 && strcmp(value, "f32") == 0)
+            b->weights = SIDA_F32;
+        else if (strcmp(option, "weights") == 0 && strcmp(value, "bf16") == 0)
+            b->weights = SIDA_BF16;
+        else
+            return -1;
+    }
+    return at;
+}
+
 int main(int argc, char **argv) {
     bench b = {0};
+    int options = read_options(&b, argc - 1, argv + 1);
+    if (options > 0) {
+        argc -= options;
+        argv += options;
+    }
     int32_t *const numbers[] = {&b.d_model, &b.experts, &b.sequences, &b.length, &b.k, &b.runs};
     int32_t count = sizeof numbers / sizeof *numbers;
-    bool good = argc == count + 1 || argc == count + 2;
-    b.device = argc == count + 2 ? argv[count + 1] : NULL;
+    bool good = options >= 0 && (argc == count + 1 || argc == count + 2);
+    b.device = good && argc == count + 2 ? argv[count + 1] : NULL;
+    good &= b.kind == SIDA_NET_TRANSFORMER || b.weights == SIDA_F32;
     for (int32_t i = 0; good && i < count; i++) {
         *numbers[i] = atoi(argv[i + 1]);
         good = *numbers[i] >= 1 && *numbers[i] <= 1 << 16;
     }
     if (!good) {
         fprintf(stderr,
-                "usage: bench_predictor D_MODEL EXPERTS SEQUENCES LENGTH K RUNS [DEVICE]\n");
+                "usage: bench_predictor [--kind lstm|transformer] [--weights f32|bf16] D_MODEL "
+                "EXPERTS SEQUENCES LENGTH K RUNS [DEVICE]\n");
         return 2;
     }
 #ifdef _OPENMP

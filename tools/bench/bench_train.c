@@ -113,7 +113,9 @@ static sida_status fill_data(bench *b) {
     for (int32_t s = 0; s <= data->sequences; s++) side->offsets[s] = (int64_t)s * b->length;
     for (int64_t i = 0; i < side->tokens; i++)
         side->ids[i] = FIRST_ID + (int32_t)sida_rng_below(&rng, (uint32_t)b->vocabulary - FIRST_ID);
-    for (int64_t i = 0; i < values; i++) data->embedding[i] = 2 * sida_rng_f32(&rng) - 1;
+    /* As a model that is stored in bf16 has it. */
+    for (int64_t i = 0; i < values; i++)
+        data->embedding[i] = sida_bf16_to_f32((uint16_t)(0x3c00 | (sida_rng_u64(&rng) & 0x83ff)));
     SIDA_TRY(fill_teachers(b, &rng));
 out:
     return status;

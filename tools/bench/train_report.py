@@ -53,17 +53,19 @@ def mib(case, name):
 def step_table(r):
     ways = ["eager", "tf32", "compile"]
     head = ["E", "tokens", "loss", "sida, ms", "tokens/s", "with its end, ms", "fp32, ms"]
-    head += [f"PyTorch {way}, ms" for way in ways] + ["× the best", "LSTM alone, ms", "by"]
+    head += [f"PyTorch {way}, ms" for way in ways] + ["× the best", "LSTM alone, ms", "by", "our LSTM alone, ms"]
     rows = []
     for experts, length, tkd in r.keys():
         ours, theirs = r.sida(experts, length, tkd), r.torch(experts, length, tkd)
         exact, (way, alone) = r.sida(experts, length, tkd, "sida-fp32"), r.lstm(length)
+        _, own = r.lstm(length, own=True)
         line = [str(experts), str(length), tkd, cell(ours.ms, "{:.3f}")]
         line += [cell(ours.tokens_per_s, "{:,.0f}"), cell(ours.row["with_finish_ms"], "{:.3f}")]
         line += [cell(exact and exact.ms, "{:.3f}")]
         line += [cell(theirs[way].ms if way in theirs else None, "{:.3f}") for way in ways]
         line += [cell(times_faster(ours, r.best_torch(experts, length, tkd)))]
-        rows.append([*line, cell(alone and alone.ms, "{:.3f}"), way or ""])
+        line += [cell(alone and alone.ms, "{:.3f}"), way or "", cell(own and own.ms, "{:.3f}")]
+        rows.append(line)
     return head, rows
 
 
@@ -114,8 +116,8 @@ def trace_table(r):
         line = [name, f"{tokens:,}", cell(rate, "{:,.0f}")]
         line += [cell(tokens / (tokens / rate + merge) if merge else None, "{:,.0f}")]
         line += [cell(row.get("bytes_per_token") or None, "{:.0f}")]
-        rows.append([*line, cell(row["wall_seconds"], "{:.1f}")])
-    head = ["", "tokens", "tokens/s", "with the merge", "bytes a token", "whole process, s"]
+        rows.append([*line, cell(row["wall_seconds"], "{:.1f}"), str(row["runs"])])
+    head = ["", "tokens", "tokens/s", "with the merge", "bytes a token", "whole process, s", "runs"]
     return head, rows
 
 

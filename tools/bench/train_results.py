@@ -2,6 +2,7 @@
 and the figures that are made of them."""
 
 import collections
+import statistics
 
 from gpu_results import Case, Refused, check_row, near
 
@@ -46,10 +47,19 @@ def check_hooks(row, where):
         raise Refused(f"{where}: tokens_per_s is {row['tokens_per_s']}, its samples say otherwise")
 
 
+def middle(rows):
+    """One row for the runs of a program: medians of what differs from run to run."""
+    row = rows[0] | {"runs": len(rows)}
+    for name in ("tokens_per_s", "merge_s", "seconds", "wall_seconds"):
+        if name in row:
+            row[name] = statistics.median(each[name] for each in rows)
+    return row
+
+
 class TrainResults:
     def __init__(self, file):
         self.file = file
-        self.cases, self.timelines, self.single = {}, {}, {}
+        self.cases, self.timelines, self.single, self.runs = {}, {}, {}, {}
         self.failures, self.devices, self.versions = [], set(), {}
         for part, record in file["parts"].items():
             for job in record["jobs"]:
@@ -79,7 +89,9 @@ class TrainResults:
             row = output["rows"][0] if "rows" in output else output
             if job["system"] == "hooks":
                 check_hooks(row, where)
-            self.single[job["system"]] = row | {"wall_seconds": job["seconds"]}
+            runs = self.runs.setdefault(job["system"], [])
+            runs.append(row | {"wall_seconds": job["seconds"]})
+            self.single[job["system"]] = middle(runs)
 
     def add_steps(self, job, row, output, where):
         check_row(row, output, where)

@@ -13,8 +13,10 @@ typedef struct options {
     sida_progress progress;
     int64_t threads;
     bool json;
-    const char *plot;     /* FILE.svg or NULL */
-    const char *stepwise; /* an option that was given and is of the training by steps only */
+    const char *plot; /* FILE.svg or NULL */
+    /* An option that was given and is of the training by steps only; of one kind of network only.
+     */
+    const char *stepwise, *of_kind[2];
 } options;
 
 enum {
@@ -45,6 +47,7 @@ enum {
     KEY_LABELS,
     KEY_PATIENCE,
     KEY_LSTM_LAYERS,
+    KEY_BLOCKS,
     KEY_BIDIRECTIONAL,
     KEY_ATTENTION,
     KEY_PLOT
@@ -56,7 +59,8 @@ static const struct argp_option argp_options[] = {
      "trace to measure on after each epoch; sources that are not trained need none", 0},
     {"output", KEY_OUTPUT, "FILE", 0, "where the predictor goes", 0},
     {"source", KEY_SOURCE, "NAME", 0,
-     "hash function: lstm (the paper's network; default); counted from the trace: table (by token "
+     "hash function: lstm (the paper's network; default), transformer (a small one); counted from "
+     "the trace: table (by token "
      "id), bigram (by the token before, too), popular (by layer alone); layer-hash (a fixed hash "
      "of "
      "the token id, learnt from nothing)",
@@ -76,7 +80,11 @@ static const struct argp_option argp_options[] = {
      1},
     {"top", KEY_TOP, "T", 0, "experts of a token that are distilled (all in the trace)", 1},
     {"hidden", KEY_HIDDEN, "N", 0,
-     "width of the predictor (a third of d_model, rounded up to a multiple of 64)", 1},
+     "width of the predictor (a third of d_model, rounded up to a multiple of 64; a Transformer's "
+     "is "
+     "at least 128, and a multiple of 32)",
+     1},
+    {"blocks", KEY_BLOCKS, "N", 0, "blocks of a Transformer, 1 to 8 (3)", 1},
     {"lstm-layers", KEY_LSTM_LAYERS, "N", 0, "layers of its LSTM, 1 to 4 (2)", 1},
     {"bidirectional", KEY_BIDIRECTIONAL, NULL, 0,
      "run the encoder's LSTM in both directions, each half as wide", 1},
@@ -130,27 +138,37 @@ static int choice(struct argp_state *state, const char *option, const char *text
     exit(SIDA_EXIT_USAGE);
 }
 
-/* Options of group 1 mean nothing to sources that are not trained by steps: said, not ignored. */
+/* Options of group 1 mean nothing to sources that are not trained by steps, and some of them only
+ * to one kind of network: said, not ignored. */
 static void note_stepwise(options *o, int key) {
     for (const struct argp_option *option = argp_options; option->name || option->doc; option++)
         if (option->name && option->key == key && option->group == 1) o->stepwise = option->name;
+    if (key == KEY_LSTM_LAYERS || key == KEY_BIDIRECTIONAL || key == KEY_ATTENTION)
+        o->of_kind[SIDA_NET_LSTM] = o->stepwise;
+    if (key == KEY_BLOCKS) o->of_kind[SIDA_NET_TRANSFORMER] = o->stepwise;
 }
 
 static void check_source(const options *o, struct argp_state *state) {
     const sida_train_options *t = &o->train;
     const char *source = t->source ? t->source : "lstm", *reason = NULL;
-    bool lstm = strcmp(source, "lstm") == 0;
-    if (lstm) {
+    sida_net_kind kind;
+    if (sida_net_kind_from_name(&kind, source)) {
         sida_cli_require(state, "--valid", t->valid);
-        return;
+        const char *foreign = o->of_kind[!kind];
+        if (!foreign) return;
+        fprintf(stderr, "%s: --%s: not an option of --source %s (see %s --help)\n", state->name,
+                foreign, source, state->name);
+        exit(SIDA_EXIT_USAGE);
     }
     if (strcmp(source, "oracle") == 0)
         reason = "needs no training: give the trace itself to sida eval or run as --predictor";
     else if (!sida_fit_known(source))
         reason = "unknown";
     if (reason) {
-        fprintf(stderr, "%s: --source '%.40s': %s; expected lstm or one of %s (see %s --help)\n",
-                state->name, source, reason, sida_fit_sources, state->name);
+        fprintf(
+            stderr,
+            "%s: --source '%.40s': %s; expected lstm, transformer or one of %s (see %s --help)\n",
+            state->name, source, reason, sida_fit_sources, state->name);
         exit(SIDA_EXIT_USAGE);
     }
     if (o->stepwise) {
@@ -194,6 +212,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         return 0;
     case KEY_LSTM_LAYERS:
         t->lstm_layers = (int32_t)sida_cli_i64(state, "--lstm-layers", text, 1, SIDA_NET_LSTM_MAX);
+        return 0;
+    case KEY_BLOCKS:
+        t->blocks = (int32_t)sida_cli_i64(state, "--blocks", text, 1, SIDA_NET_BLOCKS_MAX);
         return 0;
     case KEY_BIDIRECTIONAL:
         t->bidirectional = true;

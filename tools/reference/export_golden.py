@@ -15,7 +15,7 @@ from sida_predictor import Predictor
 here = os.path.dirname(os.path.abspath(__file__))
 folder = os.path.join(here, "../../tests/unit/golden")
 torch.set_num_threads(1)
-for name in ("predictor", "predictor_softmax", "predictor_none"):
+for name in ("predictor", "predictor_softmax", "predictor_none", "predictor_transformer"):
     torch.manual_seed(5)
     net = Predictor(os.path.join(folder, f"{name}.safetensors"))
     c = net.config

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Writes tests/grad/golden/train.safetensors: what PyTorch makes of the predictor; with --options
-train_options.safetensors, of one whose encoder's LSTM has two directions and whose attention is softmax.
+train_options.safetensors, of one whose encoder's LSTM has two directions and whose attention is softmax; with
+--transformer train_transformer.safetensors, of a Transformer, without the paper's loss.
 
 A small predictor (encoder and decoder) in plain PyTorch on the CPU in fp32: initial
 tensors, a data set of ragged sequences, for both distillation losses the loss and
 every gradient of one batch, and the losses of 200 steps of AdamW. Sequences run one
 by one, without padding or masks, so that nothing but the maths is shared with the
-code under test. Integers are stored as F32.
+code under test. Integers are stored as F32, a Transformer's initial tensors as F16, which holds
+them exactly.
 Needs: torch (CPU), safetensors.
 """
 import argparse
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+
+from sida_predictor import Transformer
 
 D, H, E, T, VOCABULARY, LAYERS = 12, 8, 6, 4, 24, (2, 1)
 SEQUENCES, STEPS, BATCH, LR, DECAY, LAMBDA = 20, 200, 6, 5e-3, 0.01, 0.3
@@ -68,6 +72,21 @@ class Net(nn.Module):
         return encoded, decoded
 
 
+class TransformerNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = (Transformer(D, 32, 2, n * E, side == 1) for side, n in enumerate(LAYERS))
+        with torch.no_grad():
+            for q in self.parameters():  # none begins where the gradient of another is zero
+                q.add_(0.1 * torch.randn_like(q))
+                q.copy_(q.half().float())
+
+    def forward(self, source, target):
+        encoded, x = self.encoder(source, None, False)
+        decoded, _ = self.decoder(target, x, True)
+        return encoded.unflatten(-1, (-1, E)), decoded.unflatten(-1, (-1, E))
+
+
 def pair_losses(z, ids, logp, kind):
     """z [n, layers, E], teacher's top T; one loss a token and layer."""
     student = z.log_softmax(-1)
@@ -97,15 +116,18 @@ def main():
     here = os.path.dirname(os.path.abspath(__file__))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--options", action="store_true", help="two directions and softmax")
+    p.add_argument("--transformer", action="store_true")
     p.add_argument("--output")
     a = p.parse_args()
     name = "train_options.safetensors" if a.options else "train.safetensors"
+    name = "train_transformer.safetensors" if a.transformer else name
     a.output = a.output or os.path.join(here, "../../tests/grad/golden", name)
+    lr = LR / 10 if a.transformer else LR  # else the flip of a relu amplifies how each side rounds
     torch.manual_seed(7)
     torch.set_num_threads(1)
-    net = Net(a.options)
+    net = TransformerNet() if a.transformer else Net(a.options)
     with torch.no_grad():  # large enough that SparseMax drops keys
-        for q in net.parameters():
+        for q in net.parameters() if not a.transformer else ():
             q.mul_(2.5)
     table = torch.randn(VOCABULARY, D)
     data, out = [], {"embedding": table}
@@ -126,15 +148,15 @@ def main():
         out[f"{side}.top_ids"] = torch.cat([d[i][1] for d in data]).float()
         out[f"{side}.top_logp"] = torch.cat([d[i][2] for d in data]).half()
     initial = {k: v.clone() for k, v in net.state_dict().items()}
-    out |= {f"initial.{k}": v for k, v in initial.items()}
-    for kind in ("rest", "l1-renorm"):
+    out |= {f"initial.{k}": v.half() if a.transformer else v for k, v in initial.items()}
+    for kind in ("rest",) if a.transformer else ("rest", "l1-renorm"):
         net.load_state_dict(initial)
         net.zero_grad()
         loss = batch_loss(net, data, table, range(SEQUENCES), kind)
         loss.backward()
         out[f"{kind}.loss"] = loss.detach().reshape(1)
         out |= {f"{kind}.gradient.{k}": v.grad.clone() for k, v in net.named_parameters()}
-        optimiser = torch.optim.AdamW(net.parameters(), lr=LR, weight_decay=DECAY)
+        optimiser = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=DECAY)
         orders, losses = [], []
         generator = torch.Generator().manual_seed(11)
         for _ in range(STEPS):
@@ -148,7 +170,7 @@ def main():
         out["orders"] = torch.tensor(orders).float()
         out[f"{kind}.losses"] = torch.tensor(losses)
         print(kind, out[f"{kind}.loss"].item(), losses[0], losses[-1])
-    meta = {"constants": f"top {T} lr {LR} weight_decay {DECAY} lambda {LAMBDA}"}
+    meta = {"constants": f"top {T} lr {lr} weight_decay {DECAY} lambda {LAMBDA}"}
     save_file({k: v.contiguous() for k, v in out.items()}, a.output, metadata=meta)
     print(a.output, os.path.getsize(a.output), "bytes")
 

@@ -1,16 +1,18 @@
-/* Forward calls as graphs. A call is issued in segments, the stretches between what the host has to
- * do; the second call of a kind records each of its segments, later ones replay them. Without
- * graphs (the CPU), on a kind's first call, and where recording fails, a segment is just issued. */
-#ifndef SIDA_RUNTIME_MODEL_GRAPHS_H
-#define SIDA_RUNTIME_MODEL_GRAPHS_H
+/* Calls of one kind, forward passes, as graphs. A call is issued in segments, the stretches between
+ * what the host has to do; the second call of a kind records each of its segments, later ones
+ * replay them. Without graphs (the CPU), on a kind's first call, and where recording fails, a
+ * segment is just issued. */
+#ifndef SIDA_RUNTIME_BACKEND_GRAPHS_H
+#define SIDA_RUNTIME_BACKEND_GRAPHS_H
 
 #include "runtime/backend/backend.h"
 
-/* All that the work of a call depends on beside the run itself. No padding: compared as bytes. */
+/* All that the work of a call depends on beside its owner, a model's run or a predictor's lane. No
+ * padding: compared as bytes. */
 typedef struct sida_graphs_key {
-    const void *resident; /* experts' table */
+    const void *subject; /* the table of resident experts; a predictor's state */
     int64_t tokens;
-    int32_t sequences, side, chooser;
+    int32_t sequences, side, chooser; /* of a predictor: k */
     int16_t stops, records;
 } sida_graphs_key;
 

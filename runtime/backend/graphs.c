@@ -1,4 +1,4 @@
-#include "runtime/model/graphs.h"
+#include "runtime/backend/graphs.h"
 
 #include "formats/base/log.h"
 #include "formats/base/memory.h"
