@@ -99,8 +99,8 @@ static sida_status check_options(const sida_train_options *o) {
 }
 
 static sida_net_kind kind_of(const sida_train_options *options) {
-    sida_net_kind kind = SIDA_NET_LSTM;
-    if (options->source) sida_net_kind_from_name(&kind, options->source);
+    sida_net_kind kind = SIDA_NET_TRANSFORMER;
+    sida_net_kind_from_name(&kind, options->source ? options->source : SIDA_TRAIN_SOURCE);
     return kind;
 }
 
@@ -135,7 +135,7 @@ static sida_status prepare(training *t) {
     const sida_net_config config = {
         .kind = kind,
         .d_model = t->train.d_model,
-        .hidden = o->hidden > 0 ? o->hidden : sida_net_default_hidden(kind, t->train.d_model),
+        .hidden = o->hidden > 0 ? o->hidden : sida_net_default_hidden(t->train.d_model),
         .lstm_layers = kind == SIDA_NET_LSTM ? o->lstm_layers : 0,
         .blocks = kind == SIDA_NET_TRANSFORMER ? o->blocks : 0,
         .experts = t->train.experts,

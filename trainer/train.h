@@ -11,6 +11,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define SIDA_TRAIN_SOURCE "transformer" /* where no source is given */
+
 typedef enum sida_schedule {
     SIDA_SCHEDULE_CONSTANT,
     SIDA_SCHEDULE_COSINE /* from lr to 0 over the whole training */
@@ -27,7 +29,8 @@ typedef struct sida_train_epoch {
 typedef struct sida_train_options {
     const char *trace, *valid, *output;
     const char *device; /* cpu, cuda, or auto (NULL too): cuda where it can train */
-    /* "lstm" (NULL too), "transformer", or one of fit.h, which has no use for most of these. */
+    /* NULL: SIDA_TRAIN_SOURCE; "transformer", "lstm", or one of fit.h, which has no use for most of
+     * these. */
     const char *source;
     sida_layer_hash hash;         /* of the source "layer-hash" */
     int32_t epochs, batch;        /* batch: sequences */

@@ -10,10 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-int32_t sida_net_default_hidden(sida_net_kind kind, int32_t d_model) {
-    int32_t third = (d_model + 2) / 3, least = kind == SIDA_NET_TRANSFORMER ? 128 : 64;
-    int32_t hidden = (third + 63) / 64 * 64;
-    return hidden < least ? least : hidden;
+int32_t sida_net_default_hidden(int32_t d_model) {
+    int32_t third = (d_model + 2) / 3;
+    return (third + 63) / 64 * 64;
 }
 
 const char *sida_net_kind_name(sida_net_kind kind) {

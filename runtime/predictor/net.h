@@ -72,9 +72,8 @@ typedef struct sida_net_config {
 /* Directions of a side's LSTM: the decoder has one, as it is causal. */
 int sida_net_directions(const sida_net_config *config, int side);
 
-/* The paper's 768 to 256, for any width: d_model / 3 rounded up to a multiple of 64; a
- * Transformer's is at least 128. */
-int32_t sida_net_default_hidden(sida_net_kind kind, int32_t d_model);
+/* The paper's 768 to 256, for any width: d_model / 3 rounded up to a multiple of 64. */
+int32_t sida_net_default_hidden(int32_t d_model);
 /* ARGUMENT, naming the value, for sizes that no real predictor has and for two directions of an odd
  * width or of no encoder. */
 sida_status sida_net_config_check(const sida_net_config *config);

@@ -138,12 +138,16 @@ train_option 'a distance over nothing' "tkd 'kl': expected rest .*kl-top" --tkd 
 train_option 'unknown labels' "labels 'none': expected even, weight or best" --labels none
 train_option 'negative patience' "patience '-1'" --patience -1
 train_option 'patience is a word' "patience 'long'" --patience long
-train_option 'unknown attention' "attention 'hardmax': expected sparsemax, softmax or none" --attention hardmax
-train_option 'too many layers' "lstm-layers '5'" --lstm-layers 5
-train_option 'no layers' "lstm-layers '0'" --lstm-layers 0
-train_option 'too many blocks' "blocks '9'" --source transformer --blocks 9
-train_option 'blocks of an LSTM' 'blocks: not an option of --source lstm' --blocks 2
+train_option 'unknown attention' "attention 'hardmax': expected sparsemax, softmax or none" --source lstm --attention hardmax
+train_option 'too many layers' "lstm-layers '5'" --source lstm --lstm-layers 5
+train_option 'no layers' "lstm-layers '0'" --source lstm --lstm-layers 0
+train_option 'too many blocks' "blocks '9'" --blocks 9
+train_option 'blocks of an LSTM' 'blocks: not an option of --source lstm' --source lstm --blocks 2
 train_option 'an LSTM'"'"'s layers of a Transformer' 'lstm-layers: not an option of --source transformer' --lstm-layers 2 --source transformer
+for option in bidirectional 'attention softmax' 'lstm-layers 1'; do
+    # shellcheck disable=SC2086
+    train_option "an LSTM's $option by default" "--${option% *}: .*add --source lstm" --$option
+done
 refuses 'directions of a table' 2 'bidirectional: nothing is trained by steps' "$sida" train --trace "$work/t.h5" --source table --output "$out" --bidirectional
 refuses 'patience of a table' 2 'patience: nothing is trained by steps' "$sida" train --trace "$work/t.h5" --source table --output "$out" --patience 3
 
@@ -165,8 +169,8 @@ tail -c +513 "$work/good.h5" | head -c 9000 >"$work/bad.h5"; train 'a damaged fo
 refuses 'a predictor for a trace' 1 'p.h5: ' "$sida" train --trace "$work/p.h5" --valid "$work/good.h5" --output "$out"
 refuses 'no trace' 1 'none.h5: No such file' "$sida" train --trace "$work/none.h5" --valid "$work/good.h5" --output "$out"
 refuses 'a larger T than the trace has' 1 'good.h5.*top|top.*good.h5|--top' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --top 5000 --output "$out"
-refuses 'a width of no whole heads' 1 'hidden of 80: .*multiple of 32' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --source transformer --hidden 80 --output "$out"
-refuses 'half of an odd width' 1 'hidden of 63: two directions' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --bidirectional --hidden 63 --output "$out"
+refuses 'a width of no whole heads' 1 'hidden of 80: .*multiple of 32' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --hidden 80 --output "$out"
+refuses 'half of an odd width' 1 'hidden of 63: two directions' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --source lstm --bidirectional --hidden 63 --output "$out"
 refuses 'full disk while training' 1 'out.h5.*(large|space|write)' sh -c "ulimit -f 16; exec $sida train --trace $work/good.h5 --valid $work/good.h5 --epochs 1 --output $out"
 head -c 30000 /bin/sh >"$work/bad.h5"
 refuses 'a program for a predictor' 1 'bad.h5: ' "$sida" eval --trace "$work/good.h5" --predictor "$work/bad.h5"

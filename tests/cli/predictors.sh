@@ -24,7 +24,8 @@ accepts 'predictors' $tool --agreement
 says() { # says TEXT: the last command printed that
     grep -Fq -e "$1" "$work/stdout" || problem "$name: '$1' is not in: $(cat "$work/stdout")"
 }
-for row in popular table bigram layer-hash router "the paper's" 'itself on the CPU' default; do
+for row in popular table bigram layer-hash router "the paper's" 'lstm, our loss' \
+    'lstm, two directions' 'itself on the CPU' default; do
     [ "$(grep -c "^| $row |" "$work/stdout")" -ge 5 ] || problem "no row of $row"
 done
 for title in 'SST-2 |' 'MRPC |' 'MultiRC |' 'prose |' 'prose, decoder |' 'trained on SST-2 |' \

@@ -43,18 +43,18 @@ network() { # network FILE OPTION...
     is "digest with $*" "$(value digest)" "$digest"
     accepts "inspect $*" "$sida" inspect --json "$work/$file"
 }
-network both.h5 --bidirectional --attention softmax --lstm-layers 1
+network both.h5 --source lstm --bidirectional --attention softmax --lstm-layers 1
 is 'attention' "$(value attention)" softmax
 grep -q '"bidirectional": true' "$work/stdout" || problem 'inspect knows of no two directions'
 grep -q 'encoder.lstm.weight_hh_l0_reverse' "$work/both.h5.safetensors" || problem 'no other direction in the export'
-network small.h5 --source transformer --hidden 32 --blocks 1
+network small.h5 --hidden 32 --blocks 1
 is 'blocks' "$(value blocks)" 1
 grep -q '"kind": "transformer"' "$work/stdout" || problem 'inspect knows of no Transformer'
 grep -q 'encoder.blocks.0.self.positions' "$work/small.h5.safetensors" || problem 'no block in the export'
 accepts 'train it on three threads' "$sida" train --trace "$work/train.h5" --valid "$work/test.h5" --epochs 1 \
-    --output "$work/threads.h5" --source transformer --hidden 32 --blocks 1 --threads 3
+    --output "$work/threads.h5" --hidden 32 --blocks 1 --threads 3
 cmp -s "$work/threads.h5" "$work/small.h5" || problem 'threads change a Transformer'
-network none.h5 --attention none
+network none.h5 --source lstm --attention none
 is 'attention' "$(value attention)" none
 accepts 'inspect the paper'"'"'s' "$sida" inspect --json "$work/lstm.h5"
 grep -q 'bidirectional\|attention\|transformer\|blocks' "$work/stdout" && problem 'the paper'"'"'s network names options'
@@ -92,10 +92,11 @@ fit() { # fit NAME STATUS PATTERN OPTION...
     shift 3
     refuses "$name" "$want" "$pattern" "$sida" train --trace "$work/train.h5" --output "$out" "$@"
 }
-fit 'unknown source' 2 "--source 'guess': unknown; expected lstm, transformer or one of popular, table" --source guess
+fit 'unknown source' 2 "--source 'guess': unknown; expected transformer, lstm or one of popular, table" --source guess
 fit 'oracle to train' 2 'give the trace itself' --source oracle
 fit 'steps of a table' 2 '--lr: nothing is trained by steps' --source table --lr 0.1
 fit 'no validation for a network' 2 '--valid is required' --source lstm
+fit 'no validation for the default' 2 '--valid is required'
 fit 'unknown hash' 2 "--hash 'odd'" --source layer-hash --hash odd
 refuses 'oracle of other inputs' 1 'train.h5: has no sequence with these' "$sida" eval --trace "$work/test.h5" --predictor "$work/train.h5"
 refuses 'run with an oracle of other inputs' 1 'train.h5: has no sequence with these' "$sida" run --model "$sample" --format sst2 --input "$reviews" --limit 2 --device cpu --budget 20% --predictor "$work/train.h5"

@@ -352,7 +352,7 @@ static void write_predictor(sida_net_kind kind) {
     const sida_model_info *info = sida_model_get_info(model);
     const sida_net_config config = {.kind = kind,
                                     .d_model = info->d_model,
-                                    .hidden = sida_net_default_hidden(kind, info->d_model),
+                                    .hidden = sida_net_default_hidden(info->d_model),
                                     .lstm_layers = lstm ? 2 : 0,
                                     .blocks = lstm ? 0 : 3,
                                     .experts = info->experts,

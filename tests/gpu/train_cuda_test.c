@@ -135,6 +135,7 @@ static void not_finite(void **state) {
 /* --- whole trainings */
 
 static char folder[] = "/tmp/sida-train-cuda-XXXXXX";
+static const char *source;
 static char train_path[64], valid_path[64], output_path[64], checkpoint[80];
 
 typedef struct stop {
@@ -154,6 +155,7 @@ static sida_train_options small_options(stop *s) {
     o.valid = valid_path;
     o.output = output_path;
     o.device = "cuda";
+    o.source = source;
     o.epochs = 3;
     o.warmup = 3;
     o.lr = 0.01;
@@ -171,18 +173,9 @@ static void expect_same(const test_bytes *reference) {
     assert_int_equal(unlink(output_path), 0);
 }
 
-static void files(void **state) {
-    (void)state;
-    train_data d = train_data_default();
+static void files_of(const char *name) {
+    source = name;
     stop none = {0};
-    assert_non_null(mkdtemp(folder));
-    snprintf(train_path, sizeof train_path, "%s/T.h5", folder);
-    snprintf(valid_path, sizeof valid_path, "%s/V.h5", folder);
-    snprintf(output_path, sizeof output_path, "%s/P.h5", folder);
-    snprintf(checkpoint, sizeof checkpoint, "%s.checkpoint", output_path);
-    train_data_write(&d, train_path);
-    d.seed = 2;
-    train_data_write(&d, valid_path);
     sida_train_options o = small_options(&none);
     json_t *summary;
     OK(sida_train(&o, &summary));
@@ -228,6 +221,21 @@ static void files(void **state) {
     assert_int_equal(access(output_path, F_OK), -1);
     assert_int_equal(access(checkpoint, F_OK), -1);
     free(reference.data);
+}
+
+static void files(void **state) {
+    (void)state;
+    train_data d = train_data_default();
+    assert_non_null(mkdtemp(folder));
+    snprintf(train_path, sizeof train_path, "%s/T.h5", folder);
+    snprintf(valid_path, sizeof valid_path, "%s/V.h5", folder);
+    snprintf(output_path, sizeof output_path, "%s/P.h5", folder);
+    snprintf(checkpoint, sizeof checkpoint, "%s.checkpoint", output_path);
+    train_data_write(&d, train_path);
+    d.seed = 2;
+    train_data_write(&d, valid_path);
+    files_of("transformer");
+    files_of("lstm");
     unlink(train_path);
     unlink(valid_path);
     rmdir(folder);

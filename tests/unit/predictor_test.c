@@ -411,12 +411,11 @@ static int64_t net_size(const sida_net_config *of) {
 
 static void sizes(void **state) {
     (void)state;
-    assert_int_equal(sida_net_default_hidden(SIDA_NET_LSTM, 768), 256);
-    assert_int_equal(sida_net_default_hidden(SIDA_NET_LSTM, 96), 64);
-    assert_int_equal(sida_net_default_hidden(SIDA_NET_LSTM, 1), 64);
-    assert_int_equal(sida_net_default_hidden(SIDA_NET_LSTM, 193), 128);
-    assert_int_equal(sida_net_default_hidden(SIDA_NET_TRANSFORMER, 768), 256);
-    assert_int_equal(sida_net_default_hidden(SIDA_NET_TRANSFORMER, 96), 128);
+    assert_int_equal(sida_net_default_hidden(768), 256);
+    assert_int_equal(sida_net_default_hidden(96), 64);
+    assert_int_equal(sida_net_default_hidden(1), 64);
+    assert_int_equal(sida_net_default_hidden(193), 128);
+    assert_int_equal(sida_net_default_hidden(192), 64);
     /* The paper's counts: 1.33 M parameters at E = 8 and 1.51 M at 128, six layers, encoder only.
      */
     sida_net *net;

@@ -92,7 +92,7 @@ static sida_status open_source(bench *b, sida_rng *rng) {
     bool lstm = b->kind == SIDA_NET_LSTM;
     const sida_net_config config = {.kind = b->kind,
                                     .d_model = b->d_model,
-                                    .hidden = sida_net_default_hidden(b->kind, b->d_model),
+                                    .hidden = sida_net_default_hidden(b->d_model),
                                     .lstm_layers = lstm ? LSTM_LAYERS : 0,
                                     .blocks = lstm ? 0 : BLOCKS,
                                     .experts = b->experts,

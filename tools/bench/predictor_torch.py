@@ -126,8 +126,6 @@ class Predictor(nn.Module):
     def __init__(self, kind, d_model, experts, top_k):
         super().__init__()
         hidden = (d_model + 191) // 192 * 64  # sida_net_default_hidden
-        if kind == "transformer":
-            hidden = max(hidden, 128)
         self.top_k = top_k
         self.embedding = nn.Embedding(VOCABULARY, d_model, dtype=torch.bfloat16)
         if kind == "transformer":

@@ -59,11 +59,9 @@ static const struct argp_option argp_options[] = {
      "trace to measure on after each epoch; sources that are not trained need none", 0},
     {"output", KEY_OUTPUT, "FILE", 0, "where the predictor goes", 0},
     {"source", KEY_SOURCE, "NAME", 0,
-     "hash function: lstm (the paper's network; default), transformer (a small one); counted from "
-     "the trace: table (by token "
-     "id), bigram (by the token before, too), popular (by layer alone); layer-hash (a fixed hash "
-     "of "
-     "the token id, learnt from nothing)",
+     "hash function: " SIDA_TRAIN_SOURCE " (a small one; default), lstm (the paper's network); "
+     "counted from the trace: table (by token id), bigram (by the token before, too), popular (by "
+     "layer alone); layer-hash (a fixed hash of the token id, learnt from nothing)",
      0},
     {"hash", KEY_HASH, "KIND", 0,
      "of --source layer-hash: balanced (by the ids' frequency; default) or random", 0},
@@ -80,15 +78,15 @@ static const struct argp_option argp_options[] = {
      1},
     {"top", KEY_TOP, "T", 0, "experts of a token that are distilled (all in the trace)", 1},
     {"hidden", KEY_HIDDEN, "N", 0,
-     "width of the predictor (a third of d_model, rounded up to a multiple of 64; a Transformer's "
-     "is "
-     "at least 128, and a multiple of 32)",
+     "width of the predictor, a Transformer's a multiple of 32 (a third of d_model, rounded up to "
+     "a multiple of 64)",
      1},
     {"blocks", KEY_BLOCKS, "N", 0, "blocks of a Transformer, 1 to 8 (3)", 1},
-    {"lstm-layers", KEY_LSTM_LAYERS, "N", 0, "layers of its LSTM, 1 to 4 (2)", 1},
+    {"lstm-layers", KEY_LSTM_LAYERS, "N", 0, "of --source lstm: layers, 1 to 4 (2)", 1},
     {"bidirectional", KEY_BIDIRECTIONAL, NULL, 0,
-     "run the encoder's LSTM in both directions, each half as wide", 1},
-    {"attention", KEY_ATTENTION, "KIND", 0, "sparsemax (default), softmax or none", 1},
+     "of --source lstm: run the encoder's in both directions, each half as wide", 1},
+    {"attention", KEY_ATTENTION, "KIND", 0,
+     "of --source lstm: sparsemax (default), softmax or none", 1},
     {"tkd", KEY_TKD, "KIND", 0,
      "distillation: a distance (kl, l1, mse) of the experts' shares, -top: normalised inside the "
      "top "
@@ -150,14 +148,19 @@ static void note_stepwise(options *o, int key) {
 
 static void check_source(const options *o, struct argp_state *state) {
     const sida_train_options *t = &o->train;
-    const char *source = t->source ? t->source : "lstm", *reason = NULL;
+    const char *source = t->source ? t->source : SIDA_TRAIN_SOURCE, *reason = NULL;
     sida_net_kind kind;
     if (sida_net_kind_from_name(&kind, source)) {
         sida_cli_require(state, "--valid", t->valid);
         const char *foreign = o->of_kind[!kind];
         if (!foreign) return;
-        fprintf(stderr, "%s: --%s: not an option of --source %s (see %s --help)\n", state->name,
-                foreign, source, state->name);
+        if (t->source)
+            fprintf(stderr, "%s: --%s: not an option of --source %s (see %s --help)\n", state->name,
+                    foreign, source, state->name);
+        else
+            fprintf(stderr,
+                    "%s: --%s: an option of another network; add --source %s (see %s --help)\n",
+                    state->name, foreign, sida_net_kind_name(!kind), state->name);
         exit(SIDA_EXIT_USAGE);
     }
     if (strcmp(source, "oracle") == 0)
@@ -167,7 +170,7 @@ static void check_source(const options *o, struct argp_state *state) {
     if (reason) {
         fprintf(
             stderr,
-            "%s: --source '%.40s': %s; expected lstm, transformer or one of %s (see %s --help)\n",
+            "%s: --source '%.40s': %s; expected transformer, lstm or one of %s (see %s --help)\n",
             state->name, source, reason, sida_fit_sources, state->name);
         exit(SIDA_EXIT_USAGE);
     }
