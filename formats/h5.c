@@ -283,11 +283,10 @@ out:
     return status;
 }
 
-sida_status sida_h5_commit(sida_h5_file *file) {
-    sida_status status = file->failed;
+/* The rows that are pending, and the end of what HDF5 writes. */
+static sida_status close_written(sida_h5_file *file) {
+    sida_status status = SIDA_OK;
     sida_h5_lock();
-    if (status != SIDA_OK)
-        SIDA_FAIL(status, "%s: not written, an earlier write to it failed", file->path);
     SIDA_TRY(sida_h5_finish_datasets(file));
     sida_h5_free_datasets(file);
     if (H5Fflush(file->id, H5F_SCOPE_GLOBAL) < 0) {
@@ -300,13 +299,22 @@ sida_status sida_h5_commit(sida_h5_file *file) {
         status = sida_h5_fail(SIDA_ERROR_IO, file, "cannot close", file->temporary);
         goto out;
     }
+out:
+    sida_h5_unlock();
+    return status;
+}
+
+sida_status sida_h5_commit(sida_h5_file *file) {
+    sida_status status = file->failed;
+    if (status != SIDA_OK)
+        SIDA_FAIL(status, "%s: not written, an earlier write to it failed", file->path);
+    SIDA_TRY(close_written(file));
     SIDA_TRY(write_block(file));
     status = sida_file_commit(file->temporary, file->path);
     free(file->temporary); /* gone, under this name */
     file->temporary = NULL;
 out:
     sida_h5_abandon(file);
-    sida_h5_unlock();
     return status;
 }
 

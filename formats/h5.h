@@ -4,7 +4,8 @@
  * u64 bytes after the block, the XXH3-128 of those bytes and then of the 24 bytes before it, zeros.
  * HDF5 tools skip it. libhdf5 1.10 can crash on damaged input, so a file without our block
  * (foreign) is first opened and walked in a child process. All calls into libhdf5 happen under one
- * process-wide lock (sida_h5_lock()). */
+ * process-wide lock (sida_h5_lock()); a file is one thread's at a time. Rows that are gathered in
+ * memory, checksums and fsync need no lock: one thread fills a file while another commits one. */
 #ifndef SIDA_FORMATS_H5_H
 #define SIDA_FORMATS_H5_H
 

@@ -237,7 +237,9 @@ static sida_status gather(sida_h5_file *file, sida_h5_dataset *dataset, size_t r
     while (rows > 0) {
         if (dataset->pending_rows >= limit) {
             size_t whole = dataset->pending_rows / dataset->chunk_rows * dataset->chunk_rows;
+            sida_h5_lock();
             sida_status status = flush_rows(file, dataset, whole ? whole : dataset->pending_rows);
+            sida_h5_unlock();
             if (status != SIDA_OK) return status;
         }
         size_t take = limit - dataset->pending_rows;
@@ -257,7 +259,6 @@ sida_status sida_h5_append(sida_h5_file *file, const char *path, sida_h5_type ty
                            const int64_t *row_shape, int64_t rows, const void *data) {
     sida_status status = SIDA_OK;
     assert(file->writing && rank >= 1 && rank <= SIDA_H5_MAX_RANK && rows >= 0);
-    sida_h5_lock();
     sida_h5_dataset *dataset = find_dataset(file, path);
     if (!dataset) {
         SIDA_TRY(add_dataset(&dataset, file, path));
@@ -276,7 +277,6 @@ sida_status sida_h5_append(sida_h5_file *file, const char *path, sida_h5_type ty
     SIDA_TRY(gather(file, dataset, (size_t)rows, data));
 out:
     if (status != SIDA_OK) file->failed = status;
-    sida_h5_unlock();
     return status;
 }
 

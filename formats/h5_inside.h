@@ -1,4 +1,5 @@
-/* Inside formats/: what the parts of h5 share. Everything here runs under sida_h5_lock(). */
+/* Inside formats/: what the parts of h5 share. Everything that calls libhdf5 runs under
+ * sida_h5_lock(). */
 #ifndef SIDA_FORMATS_H5_INSIDE_H
 #define SIDA_FORMATS_H5_INSIDE_H
 

@@ -1,4 +1,4 @@
-/* Gathers one side's router activations of a batch, in the trace's layout. */
+/* From a recording to rows in the trace's layout. */
 #ifndef SIDA_TRACER_RECORDER_H
 #define SIDA_TRACER_RECORDER_H
 
@@ -6,22 +6,19 @@
 #include "runtime/model/model.h"
 
 typedef struct sida_recorder {
-    int32_t experts, top_k, top, layers[2];
-    int side;             /* recorded now */
-    const int64_t *base;  /* [S] first row of each sequence in the arrays below */
-    sida_trace_rows rows; /* room for `capacity` rows of either side */
+    int32_t top_k, top, layers[2];
+    sida_trace_rows rows; /* of the side gathered last; room for `capacity` rows of either */
     int64_t capacity;
-    uint32_t *order; /* scratch [E] */
+    int64_t *base; /* [most sequences] first row of each sequence */
 } sida_recorder;
 
-sida_status sida_recorder_init(sida_recorder *recorder, const sida_model_info *info, int32_t top);
+sida_status sida_recorder_init(sida_recorder *recorder, const sida_trace_info *info,
+                               int32_t sequences);
 void sida_recorder_free(sida_recorder *recorder);
-/* Makes room for `rows` rows and says where each sequence's position 0 goes. */
-sida_status sida_recorder_start(sida_recorder *recorder, int side, int64_t rows,
-                                const int64_t *base);
-/* sida_moe_driver.observe with the recorder as its context. */
-sida_status sida_recorder_observe(void *recorder, const sida_moe_call *call);
-/* Moves each sequence's first lengths[s] rows together, in the order of sequences. */
-void sida_recorder_compact(sida_recorder *recorder, int32_t sequences, const int64_t *lengths);
+/* Gathers all calls of one side, which have come to the host: lengths[s] rows of each of
+ * `sequences`, end to end. Tokens are left to the caller. FORMAT for logits that were not finite.
+ */
+sida_status sida_recorder_gather(sida_recorder *recorder, const sida_recording *recording, int side,
+                                 int32_t sequences, const int64_t *lengths);
 
 #endif

@@ -6,7 +6,7 @@
 #include "formats/base/memory.h"
 #include "runtime/model/model.h"
 #include "tracer/parts.h"
-#include "tracer/recorder.h"
+#include "tracer/writer.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -19,23 +19,19 @@ typedef struct tracer {
     sida_model *model;
     const sida_model_info *info;
     sida_resident *resident;
-    const sida_moe_driver *driver;
     sida_tokenizer *tokenizer;
     sida_corpus *corpus;
     sida_batcher *batcher;
     sida_run *run;
-    sida_recorder recorder;
     sida_trace_info header; /* of every part and of the trace */
     bool header_known;      /* has_targets is set */
     sida_parts parts;
-    sida_trace_writer *writer; /* the part being written */
-    int64_t part_tokens;       /* in it */
-    int64_t sequences, tokens; /* so far, resumed ones included */
+    sida_trace_job jobs[SIDA_TRACE_JOBS];
+    int32_t job_count;
+    sida_part_writer *writer; /* NULL: nothing is recorded */
+    int64_t sequences;        /* so far, resumed ones included */
     sida_tracer_report *report;
-    /* of a batch */
-    int64_t *base, *lengths, *decoder_offsets;
-    int32_t *decoder_ids, *answer_ids, *answer_counts;
-    size_t decoder_capacity;
+    int32_t *answer_ids, *answer_counts; /* [batch, generate], [batch] */
 } tracer;
 
 /* What decides the trace's bytes, in a fixed order. Another device than the CPU rounds otherwise: a
@@ -81,7 +77,7 @@ static sida_status open_all(tracer *t) {
     const sida_tracer_options *o = t->options;
     char *spiece = NULL;
     sida_status status = SIDA_OK;
-    SIDA_TRY(sida_file_check_writable(o->output));
+    if (!o->dry_run) SIDA_TRY(sida_file_check_writable(o->output));
     /* The corpus before the model: a mistyped name should not cost a minute of loading. */
     SIDA_TRY(sida_corpus_open(&t->corpus, o->format, o->input));
     SIDA_TRY(sida_path_join(&spiece, o->model, "spiece.model"));
@@ -100,9 +96,18 @@ static sida_status open_all(tracer *t) {
                               .vocabulary = t->info->vocabulary,
                               .eos = t->info->eos};
     SIDA_TRY(sida_batcher_create(&t->batcher, t->corpus, t->tokenizer, &cut));
-    SIDA_TRY(sida_recorder_init(&t->recorder, t->info, t->header.top));
 out:
     free(spiece);
+    return status;
+}
+
+static sida_status open_job(tracer *t, sida_trace_job *job) {
+    sida_status status = SIDA_OK;
+    /* One call of the encoder; of the decoder one with targets, or one a generated token. */
+    if (!t->options->dry_run)
+        SIDA_TRY(sida_recording_create(&job->recording, t->run, 1 + t->options->generate));
+    SIDA_TRY(SIDA_ALLOC(&job->lengths, t->options->batch, "a batch"));
+out:
     return status;
 }
 
@@ -114,23 +119,31 @@ static sida_status open_run(tracer *t) {
     sida_run_limits limits = {.sequences = o->batch,
                               .input_tokens = (int64_t)o->batch * o->max_tokens,
                               .step_tokens = (int64_t)o->batch * o->max_tokens,
-                              .decoder_positions = positions};
+                              .decoder_positions = positions,
+                              .record_top = o->dry_run ? 0 : t->header.top};
     SIDA_TRY(sida_resident_create(&t->resident, t->model));
-    t->driver = sida_resident_driver(t->resident, &t->recorder, NULL, sida_recorder_observe);
     SIDA_TRY(sida_run_create(&t->run, t->model, &limits));
-    SIDA_TRY(SIDA_ALLOC(&t->base, o->batch + 1, "a batch"));
-    SIDA_TRY(SIDA_ALLOC(&t->lengths, o->batch, "a batch"));
-    SIDA_TRY(SIDA_ALLOC(&t->decoder_offsets, o->batch + 1, "a batch"));
     SIDA_TRY(SIDA_ALLOC(&t->answer_ids, (size_t)o->batch * (size_t)o->generate, "a batch"));
     SIDA_TRY(SIDA_ALLOC(&t->answer_counts, o->batch, "a batch"));
+    t->job_count = o->dry_run ? 1 : SIDA_TRACE_JOBS;
+    for (int32_t i = 0; i < t->job_count; i++) SIDA_TRY(open_job(t, &t->jobs[i]));
+    if (!o->dry_run)
+        SIDA_TRY(sida_part_writer_create(&t->writer, &t->parts, &t->header, t->jobs, t->job_count,
+                                         o->batch, o->part_tokens));
 out:
     return status;
 }
 
+static void close_job(sida_trace_job *job) {
+    sida_batch_destroy(job->batch);
+    sida_recording_destroy(job->recording);
+    free(job->lengths);
+    free(job->decoder_ids);
+}
+
 static void close_all(tracer *t) {
-    sida_trace_abandon(t->writer);
+    for (int32_t i = 0; i < t->job_count; i++) close_job(&t->jobs[i]);
     sida_run_destroy(t->run);
-    sida_recorder_free(&t->recorder);
     sida_resident_destroy(t->resident);
     sida_batcher_destroy(t->batcher);
     sida_corpus_close(t->corpus);
@@ -139,57 +152,47 @@ static void close_all(tracer *t) {
     sida_backend_destroy(t->backend);
     sida_parts_free(&t->parts);
     sida_trace_info_free(&t->header);
-    free(t->base);
-    free(t->lengths);
-    free(t->decoder_offsets);
-    free(t->decoder_ids);
     free(t->answer_ids);
     free(t->answer_counts);
 }
 
-/* The decoder's inputs: the target shifted right behind the start token. */
-static sida_status shift_targets(tracer *t, const sida_ragged *target) {
-    sida_status status = SIDA_GROW(&t->decoder_ids, &t->decoder_capacity,
-                                   sida_ragged_tokens(target), "decoder inputs");
-    if (status != SIDA_OK) return status;
-    for (int32_t s = 0; s < target->sequences; s++) {
-        int64_t first = target->offsets[s], end = target->offsets[s + 1];
-        t->decoder_ids[first] = t->info->decoder_start;
-        for (int64_t i = first + 1; i < end; i++) t->decoder_ids[i] = target->ids[i - 1];
-        t->lengths[s] = end - first;
-    }
-    return SIDA_OK;
+/* A sequence's inputs: the start token, then all but the last of what it answers. */
+static void shift(int32_t *inputs, int32_t start, const int32_t *answer, int64_t length) {
+    if (length == 0) return;
+    inputs[0] = start;
+    memcpy(inputs + 1, answer, (size_t)(length - 1) * sizeof *answer);
 }
 
-static sida_status trace_targets(tracer *t, const sida_batch *batch) {
+/* Teacher forcing: the whole target in one call. */
+static sida_status trace_targets(tracer *t, sida_trace_job *job, const sida_moe_driver *driver) {
     sida_status status = SIDA_OK;
-    const sida_ragged *target = &batch->target;
-    SIDA_TRY(shift_targets(t, target));
-    sida_ragged step = {target->sequences, target->offsets, t->decoder_ids};
-    int64_t tokens = sida_ragged_tokens(target);
-    SIDA_TRY(sida_recorder_start(&t->recorder, SIDA_DECODER, tokens, target->offsets));
-    SIDA_TRY(sida_run_decode(t->run, &step, t->driver));
-    memcpy(t->recorder.rows.tokens, t->decoder_ids, (size_t)tokens * sizeof *t->decoder_ids);
+    const sida_ragged *target = &job->batch->target;
+    SIDA_TRY(SIDA_GROW(&job->decoder_ids, &job->decoder_capacity, sida_ragged_tokens(target),
+                       "decoder inputs"));
+    for (int32_t s = 0; s < target->sequences; s++) {
+        int64_t first = target->offsets[s];
+        job->lengths[s] = target->offsets[s + 1] - first;
+        shift(job->decoder_ids + first, t->info->decoder_start, target->ids + first,
+              job->lengths[s]);
+    }
+    const sida_ragged step = {target->sequences, target->offsets, job->decoder_ids};
+    SIDA_TRY(sida_run_decode(t->run, &step, driver));
 out:
     return status;
 }
 
-/* N greedy tokens; the rows are recorded step by step and moved together. */
-static sida_status trace_generated(tracer *t, const sida_batch *batch) {
-    const int32_t sequences = batch->input.sequences, most = t->options->generate;
+/* N greedy tokens. */
+static sida_status trace_generated(tracer *t, sida_trace_job *job, const sida_moe_driver *driver) {
+    const int32_t sequences = job->batch->input.sequences, most = t->options->generate;
+    const sida_generate_options generate = {.max_new_tokens = most};
     sida_status status = SIDA_OK;
-    for (int32_t s = 0; s < sequences; s++) t->base[s] = (int64_t)s * most;
-    SIDA_TRY(sida_recorder_start(&t->recorder, SIDA_DECODER, (int64_t)sequences * most, t->base));
-    sida_generate_options generate = {.max_new_tokens = most};
-    SIDA_TRY(sida_run_generate(t->run, &generate, t->driver, t->answer_ids, t->answer_counts));
-    for (int32_t s = 0; s < sequences; s++) {
-        int32_t *inputs = t->recorder.rows.tokens + t->base[s];
-        inputs[0] = t->info->decoder_start;
-        for (int32_t i = 1; i < t->answer_counts[s]; i++)
-            inputs[i] = t->answer_ids[(int64_t)s * most + i - 1];
-        t->lengths[s] = t->answer_counts[s];
-    }
-    sida_recorder_compact(&t->recorder, sequences, t->lengths);
+    int64_t tokens = 0;
+    SIDA_TRY(sida_run_generate(t->run, &generate, driver, t->answer_ids, t->answer_counts));
+    for (int32_t s = 0; s < sequences; s++) tokens += job->lengths[s] = t->answer_counts[s];
+    SIDA_TRY(SIDA_GROW(&job->decoder_ids, &job->decoder_capacity, tokens, "decoder inputs"));
+    int32_t *inputs = job->decoder_ids;
+    for (int32_t s = 0; s < sequences; inputs += job->lengths[s++])
+        shift(inputs, t->info->decoder_start, t->answer_ids + (int64_t)s * most, job->lengths[s]);
 out:
     return status;
 }
@@ -209,93 +212,82 @@ static sida_status check_targets(tracer *t, const sida_batch *batch) {
     return SIDA_OK;
 }
 
-static sida_status trace_batch(tracer *t, const sida_batch *batch) {
-    const int32_t sequences = batch->input.sequences;
-    const sida_ragged *input = &batch->input;
-    int64_t tokens = sida_ragged_tokens(input), *target_lengths = NULL, decoder_tokens = 0;
+/* Hands the job's batch to the device and the job to the writer: both may still be at it. */
+static sida_status trace_batch(tracer *t, sida_trace_job *job) {
     sida_status status = SIDA_OK;
-    uint8_t *generated = NULL;
+    const sida_batch *batch = job->batch;
+    int64_t tokens[2] = {sida_ragged_tokens(&batch->input), 0};
+    const sida_moe_driver driver = {.resident = sida_resident_table(t->resident),
+                                    .record = job->recording};
     SIDA_TRY(check_targets(t, batch));
-    if (!t->writer) {
-        char *name = NULL;
-        SIDA_TRY(sida_parts_create_folder(&t->parts));
-        SIDA_TRY(sida_parts_name(&name, &t->parts, t->parts.count));
-        status = sida_trace_create(&t->writer, name, SIDA_H5_PART, &t->header);
-        free(name);
-        if (status != SIDA_OK) goto out;
-    }
-    SIDA_TRY(sida_recorder_start(&t->recorder, SIDA_ENCODER, tokens, input->offsets));
-    SIDA_TRY(sida_run_encode(t->run, input, t->driver));
-    memcpy(t->recorder.rows.tokens, input->ids, (size_t)tokens * sizeof *input->ids);
-    for (int32_t s = 0; s < sequences; s++)
-        t->lengths[s] = input->offsets[s + 1] - input->offsets[s];
-    SIDA_TRY(
-        sida_trace_append_side(t->writer, SIDA_ENCODER, sequences, t->lengths, &t->recorder.rows));
-    SIDA_TRY(t->header.has_targets ? trace_targets(t, batch) : trace_generated(t, batch));
-    SIDA_TRY(
-        sida_trace_append_side(t->writer, SIDA_DECODER, sequences, t->lengths, &t->recorder.rows));
-    for (int32_t s = 0; s < sequences; s++) decoder_tokens += t->lengths[s];
-    SIDA_TRY(SIDA_ALLOC(&generated, sequences, "a batch"));
-    memset(generated, !t->header.has_targets, (size_t)sequences);
-    if (t->header.has_targets) target_lengths = t->lengths; /* the decoder's are the target's */
-    SIDA_TRY(sida_trace_append_sequences(t->writer, sequences, batch->lines, batch->labels,
-                                         generated, target_lengths, batch->target.ids));
-    t->part_tokens += tokens + decoder_tokens;
-    t->tokens += tokens + decoder_tokens;
-    t->sequences += sequences;
-    t->report->new_tokens += tokens + decoder_tokens;
-    t->report->tokens[0] += tokens;
-    t->report->tokens[1] += decoder_tokens;
+    SIDA_TRY(sida_run_encode(t->run, &batch->input, &driver));
+    SIDA_TRY(t->header.has_targets ? trace_targets(t, job, &driver)
+                                   : trace_generated(t, job, &driver));
+    for (int32_t s = 0; s < batch->input.sequences; s++) tokens[1] += job->lengths[s];
+    t->sequences += batch->input.sequences;
+    t->report->new_tokens += tokens[0] + tokens[1];
+    t->report->tokens[0] += tokens[0];
+    t->report->tokens[1] += tokens[1];
+    if (t->writer) SIDA_TRY(sida_part_writer_submit(t->writer, job));
 out:
-    free(generated);
     return status;
 }
 
-static sida_status finish_part(tracer *t) {
-    if (!t->writer) return SIDA_OK;
-    sida_status status = sida_trace_commit(t->writer);
-    t->writer = NULL;
-    t->part_tokens = 0;
-    if (status == SIDA_OK) t->parts.count++;
-    return status;
+/* Where the next batch goes. */
+static sida_status take_job(tracer *t, sida_trace_job **job) {
+    if (t->writer) return sida_part_writer_take(t->writer, job);
+    *job = &t->jobs[0];
+    sida_batch_destroy((*job)->batch);
+    (*job)->batch = NULL;
+    return SIDA_OK;
 }
 
-static sida_status report_progress(tracer *t) {
+/* False to stop. */
+static bool report_progress(const tracer *t) {
     const sida_tracer_options *o = t->options;
     int64_t done, total;
-    if (!o->progress) return SIDA_OK;
+    if (!o->progress) return true;
     sida_corpus_progress(t->corpus, &done, &total);
     double fraction = total > 0 ? (double)done / (double)total : 1;
     if (o->limit > 0 && (double)t->sequences / (double)o->limit > fraction)
         fraction = (double)t->sequences / (double)o->limit;
-    if (o->progress(o->context, "trace", fraction, t->report->new_tokens)) return SIDA_OK;
-    return sida_fail(SIDA_ERROR_CANCELLED, "interrupted; --resume goes on from %d finished parts",
-                     t->parts.count);
+    return o->progress(o->context, "trace", fraction, t->report->new_tokens);
 }
 
-static sida_status trace_corpus(tracer *t) {
+static sida_status trace_batches(tracer *t, double *begin) {
     sida_status status = SIDA_OK;
     sida_batch *batch = NULL;
-    double begin = sida_clock_seconds();
+    sida_trace_job *job;
     for (;;) {
         SIDA_TRY(sida_batcher_next(t->batcher, &batch));
         if (!batch) break;
         if (!t->run) {
             SIDA_TRY(open_run(t));
-            begin = sida_clock_seconds();
+            *begin = sida_clock_seconds();
         }
-        SIDA_TRY(trace_batch(t, batch));
-        sida_batch_destroy(batch);
+        SIDA_TRY(take_job(t, &job));
+        job->batch = batch;
         batch = NULL;
-        if (t->part_tokens >= t->options->part_tokens) SIDA_TRY(finish_part(t));
-        SIDA_TRY(report_progress(t));
+        SIDA_TRY(trace_batch(t, job));
+        if (!report_progress(t)) SIDA_FAIL(SIDA_ERROR_CANCELLED, "interrupted");
     }
-    SIDA_TRY(finish_part(t));
-    t->report->seconds = sida_clock_seconds() - begin;
-    if (t->sequences == 0)
-        SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: holds no records to trace", t->options->input);
+    if (t->run) SIDA_TRY(sida_stream_synchronize(sida_run_stream(t->run)));
 out:
     sida_batch_destroy(batch);
+    return status;
+}
+
+static sida_status trace_corpus(tracer *t) {
+    double begin = sida_clock_seconds();
+    sida_status status = trace_batches(t, &begin);
+    status = sida_part_writer_finish(t->writer, status);
+    t->writer = NULL;
+    t->report->seconds = sida_clock_seconds() - begin;
+    if (status == SIDA_ERROR_CANCELLED && !t->options->dry_run)
+        return sida_fail(status, "interrupted; --resume goes on from %d finished parts",
+                         t->parts.count);
+    if (status == SIDA_OK && t->sequences == 0)
+        return sida_fail(SIDA_ERROR_FORMAT, "%s: holds no records to trace", t->options->input);
     return status;
 }
 
@@ -384,18 +376,23 @@ sida_status sida_tracer_run(const sida_tracer_options *options, sida_tracer_repo
     bool complete = false;
     *report = (sida_tracer_report){0};
     SIDA_TRY(open_all(&t));
+    if (options->dry_run) {
+        SIDA_TRY(trace_corpus(&t));
+        report->sequences = t.sequences;
+        goto out;
+    }
     SIDA_TRY(prepare(&t, &complete));
     if (!complete) {
         SIDA_TRY(trace_corpus(&t));
+        double begin = sida_clock_seconds();
         SIDA_TRY(sida_parts_merge(&t.parts, options->output, &t.header, embed_ids, &t, options));
+        report->merge_seconds = sida_clock_seconds() - begin;
     }
     SIDA_TRY(sida_parts_remove(&t.parts));
     report->sequences = t.sequences;
     report->parts = t.parts.count;
     if (stat(options->output, &info) == 0) report->bytes = (int64_t)info.st_size;
 out:
-    sida_trace_abandon(t.writer);
-    t.writer = NULL;
     if (t.parts.folder) rmdir(t.parts.folder); /* stays when there are parts to resume from */
     close_all(&t);
     return status;

@@ -25,6 +25,7 @@ typedef struct sida_tracer_options {
     int64_t limit;       /* records; 0: all */
     int64_t part_tokens; /* tokens after which a part ends */
     bool resume;         /* go on from the finished parts */
+    bool dry_run;        /* run the corpus through the model; record and write nothing */
     /* Called after each batch, and while merging; returning false stops the run (parts stay). NULL:
      * nothing. fraction in [0, 1]. */
     bool (*progress)(void *context, const char *stage, double fraction, int64_t tokens);
@@ -41,7 +42,8 @@ typedef struct sida_tracer_report {
     int64_t sequences, tokens[2]; /* in the trace; encoder, decoder */
     int64_t new_tokens;           /* run through the model by this call, both sides */
     int32_t parts, parts_reused;
-    double seconds;     /* forward and writing, without loading and merging */
+    double seconds; /* forward and writing of parts, without loading and merging */
+    double merge_seconds;
     const char *device; /* "cpu", "cuda" */
     int64_t bytes;      /* of the trace */
 } sida_tracer_report;

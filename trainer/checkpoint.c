@@ -145,6 +145,19 @@ static sida_status compare(const char *path, const char *prefix, const json_t *o
     return SIDA_OK;
 }
 
+/* Sums come out a little differently on another device, so that a training continues on its own. */
+static sida_status check_device(const char *path, const json_t *old, const json_t *now) {
+    const json_t *was = json_object_get(json_object_get(old, "training"), "device");
+    const json_t *is = json_object_get(json_object_get(now, "training"), "device");
+    const char *theirs = json_is_string(was) ? json_string_value(was) : "cpu";
+    const char *ours = json_is_string(is) ? json_string_value(is) : "cpu";
+    if (strcmp(theirs, ours) == 0) return SIDA_OK;
+    return sida_fail(SIDA_ERROR_MISMATCH,
+                     "%s: of a training on %.20s, which would not go on the same on %s; remove it "
+                     "or give --device %.20s",
+                     path, theirs, ours, theirs);
+}
+
 static sida_status read_vector(sida_h5_file *file, const char *name, int64_t count, float *out) {
     int64_t shape[3] = {0};
     sida_status status = sida_h5_shape(file, name, SIDA_H5_F32, 1, shape);
@@ -174,6 +187,7 @@ sida_status sida_checkpoint_read(sida_train_state *state, const char *path,
     SIDA_TRY(sida_predictor_file_open(&file, &theirs, path));
     if (sida_h5_file_kind(file) != SIDA_H5_CHECKPOINT)
         SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: not a checkpoint", path);
+    SIDA_TRY(check_device(path, theirs.config, meta->config));
     SIDA_TRY(compare(path, "", theirs.config, meta->config));
     if (!json_equal(theirs.config, meta->config))
         SIDA_FAIL(SIDA_ERROR_MISMATCH, "%s: of a training with other settings", path);

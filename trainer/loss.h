@@ -3,17 +3,10 @@
 #ifndef SIDA_TRAINER_LOSS_H
 #define SIDA_TRAINER_LOSS_H
 
-#include "formats/base/status.h"
+#include "runtime/ops/train_ops.h"
 
 #include <stdint.h>
 
-typedef enum sida_tkd {
-    /* Cross-entropy against the teacher over its top T, what is left of its mass being one more
-     * class; the student's softmax is over all E. */
-    SIDA_TKD_REST,
-    /* The paper's: mean over the top T of |softmax(student[top]) - softmax(teacher[top])|. */
-    SIDA_TKD_L1_RENORM
-} sida_tkd;
 const char *sida_tkd_name(sida_tkd tkd); /* "rest", "l1-renorm" */
 
 typedef struct sida_loss_call {

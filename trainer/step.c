@@ -2,6 +2,7 @@
 
 #include "formats/base/memory.h"
 #include "trainer/gradient.h"
+#include "trainer/learner.h"
 
 #include <assert.h>
 #include <math.h>
@@ -116,11 +117,7 @@ static sida_status run_shard(const sida_step *step, shard *s, const sida_dataset
     if (c->layers[1] > 0) SIDA_TRY(sida_net_decode(s->pass, embedding, &s->batch.sides[1].tokens));
     for (int side = 0; side < 2; side++)
         if (c->layers[side] > 0) SIDA_TRY(add_loss(step, s, side, data->top, scale));
-    if (!isfinite(s->sum))
-        SIDA_FAIL(SIDA_ERROR_FORMAT,
-                  "%s: the loss is not finite: lower --lr, or its embedding holds values that are "
-                  "too large",
-                  data->path);
+    if (!isfinite(s->sum)) SIDA_TRY(sida_learner_bad_loss(data));
     SIDA_TRY(sida_gradient_add(s->gradient, &s->workspace, s->pass,
                                (const float *const[2]){c->layers[0] > 0 ? s->d_logits[0] : NULL,
                                                        c->layers[1] > 0 ? s->d_logits[1] : NULL}));

@@ -5,12 +5,12 @@
 #include "formats/base/log.h"
 #include "formats/base/memory.h"
 #include "runtime/predictor/sources.h"
-#include "trainer/adamw.h"
 #include "trainer/checkpoint.h"
-#include "trainer/step.h"
+#include "trainer/learner.h"
 
 #include <errno.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -23,7 +23,8 @@ const char *sida_schedule_name(sida_schedule schedule) {
 }
 
 sida_train_options sida_train_defaults(void) {
-    return (sida_train_options){.epochs = 30,
+    return (sida_train_options){.device = "auto",
+                                .epochs = 30,
                                 .batch = 16,
                                 .warmup = 100,
                                 .lr = 5e-3,
@@ -36,17 +37,18 @@ sida_train_options sida_train_defaults(void) {
 
 typedef struct training {
     const sida_train_options *options;
+    sida_backend *backend;
     sida_dataset train, valid;
     sida_predictor_meta meta;
     sida_train_state state;
-    sida_step *step;
+    sida_learner *learner;
     sida_hash_source *source; /* over state.net, for validation */
     int32_t *order;
     int32_t batches; /* an epoch */
     int64_t steps;   /* in all */
     int64_t tokens;  /* trained on by this process */
     char *checkpoint;
-    bool saved; /* the checkpoint holds the present state */
+    bool saved, kept; /* the checkpoint holds the present state; one of this training */
 } training;
 
 static json_t *fingerprint_json(sida_fingerprint value) {
@@ -55,7 +57,8 @@ static json_t *fingerprint_json(sida_fingerprint value) {
     return json_string(text);
 }
 
-/* Everything that shapes the result, and nothing else: no path, no time, no number of threads. */
+/* Everything that shapes the result, and nothing else: no path, no time, no number of threads. The
+ * device is left out where it is the CPU. */
 static json_t *config_json(const training *t, const sida_net_config *net) {
     const sida_train_options *o = t->options;
     json_t *root = json_object(), *settings = json_object();
@@ -72,6 +75,10 @@ static json_t *config_json(const training *t, const sida_net_config *net) {
     json_object_set_new(settings, "top", json_integer(t->train.top));
     json_object_set_new(settings, "seed", json_integer(o->seed));
     json_object_set_new(settings, "optimizer", json_string("adamw"));
+    if (strcmp(t->backend->table->name, "cpu") != 0) {
+        json_object_set_new(settings, "device", json_string(t->backend->table->name));
+        json_object_set_new(settings, "products", json_string(o->fp32 ? "fp32" : "tf32"));
+    }
     json_object_set_new(root, "training", settings);
     json_object_set_new(root, "trace", fingerprint_json(t->train.file));
     json_object_set_new(root, "valid", fingerprint_json(t->valid.file));
@@ -80,12 +87,26 @@ static json_t *config_json(const training *t, const sida_net_config *net) {
 }
 
 static sida_status check_options(const sida_train_options *o) {
-    if (o->epochs < 1 || o->batch < 1 || o->top < 0 || o->hidden < 0 || o->warmup < 0 ||
-        o->seed < 0 || o->checkpoint_every < 0 || !(o->lr > 0) || !(o->lambda >= 0) ||
-        !(o->weight_decay >= 0) || !(o->clip >= 0) || !isfinite(o->lr) || !isfinite(o->lambda) ||
-        !isfinite(o->weight_decay) || !isfinite(o->clip))
+    if (o->epochs < 1 || o->batch < 1 || o->device_batch < 0 || o->top < 0 || o->hidden < 0 ||
+        o->warmup < 0 || o->seed < 0 || o->checkpoint_every < 0 || !(o->lr > 0) ||
+        !(o->lambda >= 0) || !(o->weight_decay >= 0) || !(o->clip >= 0) || !isfinite(o->lr) ||
+        !isfinite(o->lambda) || !isfinite(o->weight_decay) || !isfinite(o->clip))
         return sida_fail(SIDA_ERROR_ARGUMENT, "an option of the training is out of its range");
     return SIDA_OK;
+}
+
+/* Where auto finds a GPU that cannot train, the CPU does. */
+static sida_status open_device(training *t) {
+    sida_status status = SIDA_OK;
+    const char *device = t->options->device;
+    SIDA_TRY(sida_backend_create_named(&t->backend, device));
+    status = sida_learner_check(t->backend);
+    if (status == SIDA_OK || (device && strcmp(device, "auto") != 0)) goto out;
+    sida_log(SIDA_LOG_WARNING, "training on the CPU: %s", sida_last_message());
+    sida_backend_destroy(t->backend);
+    SIDA_TRY(sida_backend_create_named(&t->backend, "cpu"));
+out:
+    return status;
 }
 
 /* Loads both traces and builds everything that does not depend on the checkpoint. */
@@ -93,6 +114,7 @@ static sida_status prepare(training *t) {
     sida_status status = SIDA_OK;
     const sida_train_options *o = t->options;
     SIDA_TRY(check_options(o));
+    SIDA_TRY(open_device(t));
     SIDA_TRY(sida_strprintf(&t->checkpoint, "%s.checkpoint", o->output));
     SIDA_TRY(sida_file_check_writable(o->output));
     SIDA_TRY(sida_file_check_writable(t->checkpoint));
@@ -112,9 +134,6 @@ static sida_status prepare(training *t) {
     t->meta.config = config_json(t, &config);
     SIDA_TRY(sida_train_state_create(&t->state, &config, o->weight_decay, o->epochs));
     sida_net_initialise(t->state.net, (uint64_t)o->seed);
-    SIDA_TRY(sida_step_create(&t->step, t->state.net,
-                              o->batch < t->train.sequences ? o->batch : t->train.sequences, o->tkd,
-                              o->lambda));
     SIDA_TRY(sida_lstm_source_create(&t->source, t->state.net, sida_dataset_embedding(&t->valid),
                                      t->train.model, t->train.tokenizer));
     SIDA_TRY(SIDA_ALLOC(&t->order, t->train.sequences, "the order of sequences"));
@@ -125,19 +144,22 @@ out:
 }
 
 static void discard(training *t) {
+    sida_learner_destroy(t->learner);
+    sida_backend_destroy(t->backend);
     sida_dataset_free(&t->train);
     sida_dataset_free(&t->valid);
     sida_predictor_meta_free(&t->meta);
-    sida_step_destroy(t->step);
     sida_hash_source_destroy(t->source);
     sida_train_state_free(&t->state);
     free(t->order);
     free(t->checkpoint);
 }
 
+/* Nothing is saved where a step that was under way turns out to have failed. */
 static sida_status save(training *t) {
-    sida_status status = sida_checkpoint_write(t->checkpoint, &t->meta, &t->state);
-    if (status == SIDA_OK) t->saved = true;
+    sida_status status = sida_learner_finish(t->learner);
+    if (status == SIDA_OK) status = sida_checkpoint_write(t->checkpoint, &t->meta, &t->state);
+    if (status == SIDA_OK) t->saved = t->kept = true;
     return status;
 }
 
@@ -155,17 +177,8 @@ static sida_status run_step(training *t) {
     const sida_train_options *o = t->options;
     sida_train_state *s = &t->state;
     int32_t first = s->batch * o->batch, rest = t->train.sequences - first;
-    double sum;
-    int64_t pairs;
     int32_t count = rest < o->batch ? rest : o->batch;
-    SIDA_TRY(sida_step_gradient(t->step, &sum, &pairs, &t->train, t->order + first, count));
-    sida_net *gradient = sida_step_get_gradient(t->step);
-    double norm = sida_gradient_clip(gradient->parameters, gradient->parameter_count, o->clip);
-    if (!isfinite(norm)) SIDA_FAIL(SIDA_ERROR_FORMAT, "the gradient is not finite: lower --lr");
-    sida_adamw_step(&s->optimiser, s->net->parameters, gradient->parameters,
-                    learning_rate(t, s->optimiser.step));
-    s->loss_sum += sum;
-    s->loss_pairs += pairs;
+    SIDA_TRY(sida_learner_step(t->learner, learning_rate(t, s->optimiser.step)));
     s->batch++;
     t->saved = false;
     for (int side = 0; side < 2; side++)
@@ -185,6 +198,7 @@ static sida_status end_epoch(training *t, double begin) {
     sida_status status = SIDA_OK;
     sida_train_state *s = &t->state;
     sida_evaluation valid = {0};
+    SIDA_TRY(sida_learner_finish(t->learner));
     double loss = s->loss_pairs > 0 ? s->loss_sum / (double)s->loss_pairs : 0;
     SIDA_TRY(sida_evaluate(&valid, t->source, &t->valid, t->valid.top_k, NULL, NULL));
     const sida_scores *all = &valid.overall;
@@ -217,33 +231,48 @@ out:
     return status;
 }
 
+/* Asked to stop, or without device memory for the next step, between two steps: nothing is lost.
+ * A device that failed has taken what was not saved. The reason stays the message. */
+static sida_status give_up(training *t, sida_status status) {
+    const bool whole = status == SIDA_ERROR_CANCELLED ||
+                       (status == SIDA_ERROR_BUDGET && t->state.optimiser.step > 0);
+    if (!whole && !(status == SIDA_ERROR_DEVICE && t->kept)) return status;
+    char reason[512];
+    snprintf(reason, sizeof reason, "%s",
+             status == SIDA_ERROR_CANCELLED ? "stopped" : sida_last_message());
+    if (whole && !t->saved) {
+        sida_status saved = save(t);
+        if (saved != SIDA_OK) return saved;
+    }
+    return sida_fail(status, "%s; sida train --resume continues from %s", reason, t->checkpoint);
+}
+
 static sida_status loop(training *t) {
     sida_status status = SIDA_OK;
     sida_train_state *s = &t->state;
     while (s->epoch < t->options->epochs) {
         double begin = sida_clock_seconds();
         sida_dataset_shuffle(t->order, t->train.sequences, (uint64_t)t->options->seed, s->epoch);
+        int32_t done = s->batch < t->batches ? s->batch * t->options->batch : t->train.sequences;
+        SIDA_TRY(sida_learner_begin(t->learner, t->order + done, t->train.sequences - done));
         while (s->batch < t->batches) SIDA_TRY(run_step(t));
         SIDA_TRY(end_epoch(t, begin));
     }
 out:
-    /* Asked to stop between two steps: nothing is lost. The reason stays the message. */
-    if (status == SIDA_ERROR_CANCELLED && !t->saved && save(t) == SIDA_OK)
-        sida_fail(status, "stopped; sida train --resume continues from %s", t->checkpoint);
-    return status;
+    return give_up(t, status);
 }
 
 static sida_status start(training *t) {
+    const sida_train_options *o = t->options;
     bool exists = sida_file_exists(t->checkpoint);
-    if (t->options->resume && exists) {
-        sida_status status =
-            sida_checkpoint_read(&t->state, t->checkpoint, &t->meta, t->options->epochs);
+    if (o->resume && exists) {
+        sida_status status = sida_checkpoint_read(&t->state, t->checkpoint, &t->meta, o->epochs);
         if (status != SIDA_OK) return status;
         if (t->state.batch > t->batches ||
             t->state.optimiser.step != (int64_t)t->state.epoch * t->batches + t->state.batch)
             return sida_fail(SIDA_ERROR_FORMAT, "%s: its step and epoch do not agree",
                              t->checkpoint);
-        t->saved = true;
+        t->saved = t->kept = true;
         sida_log(SIDA_LOG_INFO, "resuming after step %lld of %lld",
                  (long long)t->state.optimiser.step, (long long)t->steps);
     } else if (exists) {
@@ -251,7 +280,13 @@ static sida_status start(training *t) {
                  "%s is of an unfinished training and will be replaced; --resume continues it",
                  t->checkpoint);
     }
-    return SIDA_OK;
+    return sida_learner_create(&t->learner, t->backend, &t->state, &t->train,
+                               &(sida_learner_options){.batch = o->batch,
+                                                       .device_batch = o->device_batch,
+                                                       .tkd = o->tkd,
+                                                       .lambda = o->lambda,
+                                                       .clip = o->clip,
+                                                       .tf32 = !o->fp32});
 }
 
 static sida_status summarise(training *t, json_t **summary, double seconds) {
@@ -272,6 +307,10 @@ static sida_status summarise(training *t, json_t **summary, double seconds) {
         json_array_append_new(loss, json_real((double)s->curve[i * SIDA_CURVE_COLUMNS]));
     json_object_set_new(root, "loss", loss);
     json_object_set_new(root, "valid", sida_evaluation_to_json(&valid));
+    sida_memory_usage usage;
+    sida_backend_memory(t->backend, &usage);
+    json_object_set_new(root, "device", json_string(t->backend->table->name));
+    json_object_set_new(root, "device_bytes_peak", json_integer((json_int_t)usage.peak_bytes));
     json_object_set_new(root, "seconds", json_real(seconds));
     json_object_set_new(root, "tokens_per_s",
                         json_real(seconds > 0 ? (double)t->tokens / seconds : 0));

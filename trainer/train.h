@@ -24,7 +24,10 @@ typedef struct sida_train_epoch {
 
 typedef struct sida_train_options {
     const char *trace, *valid, *output;
+    const char *device; /* cpu, cuda, or auto (NULL too): cuda where a GPU and cuDNN are present */
     int32_t epochs, batch; /* batch: sequences */
+    int32_t device_batch;  /* sequences of a batch that a GPU computes at a time; 0: all */
+    bool fp32;             /* a GPU's products round no factor to TF32 */
     int32_t top;           /* of the trace's T; 0: all of them */
     int32_t hidden;        /* 0: sida_net_default_hidden */
     int32_t warmup;        /* steps of rising lr */
@@ -46,11 +49,13 @@ typedef struct sida_train_options {
 sida_train_options sida_train_defaults(void);
 
 /* Trains and writes options->output. The same seed, traces and options give the same bytes whatever
- * the number of threads. State goes to OUTPUT.checkpoint (complete or absent) every
- * checkpoint_every steps, and is removed at the end; with `resume` a checkpoint is continued to the
- * same bytes, MISMATCH when it is of other traces or options, and without one the training starts
- * from the beginning. The weights kept are those of the epoch with the best validation hit@1.
- * *summary: JSON of what was done, may be NULL. */
+ * the number of threads; on a GPU, on that kind of device with the same device_batch and libraries.
+ * State goes to OUTPUT.checkpoint (complete or absent) every checkpoint_every steps, and is removed
+ * at the end; with `resume` a checkpoint is continued to the same bytes, MISMATCH when it is of
+ * other traces, options or device (CPU or CUDA), and without one the training starts from the
+ * beginning. BUDGET where the device's memory ran out; a checkpoint is left if a step was done. The
+ * weights kept are those of the epoch with the best validation hit@1. *summary: JSON of what was
+ * done, may be NULL. */
 sida_status sida_train(const sida_train_options *options, json_t **summary);
 
 #endif

@@ -258,7 +258,8 @@ static sida_status run_segments(sida_run *run, const sida_run_call *call) {
                                  .sequences = run->sequences,
                                  .side = call->side,
                                  .chooser = call->chooser,
-                                 .stops = call->stops};
+                                 .stops = call->stops,
+                                 .records = call->driver->record != NULL};
     segment part = {.run = run, .call = call, .from = -1};
     SIDA_TRY(sida_graphs_begin(run->graphs, &key));
     for (int32_t n = 0; part.from < layers; n++, part.from = part.to) {
@@ -314,6 +315,7 @@ static sida_status run_call(sida_run *run, int side, const sida_ragged *batch,
     SIDA_TRY(sida_run_moe_prepare(run, &call));
     SIDA_TRY(sida_event_record(run->staged, run->stream));
     SIDA_TRY(run_segments(run, &call));
+    SIDA_TRY(sida_run_record(run, &call));
 out:
     return status;
 }

@@ -10,7 +10,8 @@
 typedef struct sida_graphs_key {
     const void *resident; /* experts' table */
     int64_t tokens;
-    int32_t sequences, side, chooser, stops;
+    int32_t sequences, side, chooser;
+    int16_t stops, records;
 } sida_graphs_key;
 
 enum { SIDA_GRAPHS_KINDS = 64 }; /* kept; the least recently used gives way */

@@ -84,6 +84,9 @@ typedef struct sida_moe_driver {
     bool chooses_ahead;
     /* Sees the finished routing; NULL: nobody looks. */
     sida_status (*observe)(void *context, const sida_moe_call *call);
+    /* Gets the routing of every forward call, without a stop; NULL: none. For a run with record_top
+     * and without choose: ARGUMENT otherwise, and where it is full. */
+    struct sida_recording *record;
     /* Where all experts are on the device: the device array [sites * E] of their device pointers.
      * Then begin, take and release are not called. */
     const void *const *resident;
@@ -118,6 +121,7 @@ typedef struct sida_run_limits {
     int64_t input_tokens;      /* a batch, all sequences together */
     int64_t step_tokens;       /* of one decoder call, all sequences together */
     int32_t decoder_positions; /* of one sequence */
+    int32_t record_top;        /* T of what is recorded, at most E; 0: nothing is */
 } sida_run_limits;
 
 /* Device bytes that a run of these limits takes. */
@@ -138,6 +142,39 @@ sida_status sida_run_encode(sida_run *run, const sida_ragged *input, const sida_
 sida_status sida_run_decode(sida_run *run, const sida_ragged *step, const sida_moe_driver *driver);
 /* Logits of rows [first, first + rows) of the last decode, [rows, vocabulary], to the host. */
 sida_status sida_run_read_logits(sida_run *run, int64_t first, int64_t rows, float *out);
+
+/* --- what the routers did in whole forward calls, brought to the host behind each of them.
+ * Double-buffered, the host packs one recording while the device fills another. */
+typedef struct sida_recording sida_recording;
+
+typedef struct sida_recorded_call {
+    int32_t side, layers, sequences, k, top; /* layers: MoE layers of the side */
+    int64_t tokens;
+    const int64_t *offsets;  /* [sequences + 1] */
+    const int32_t *position; /* [sequences] of each sequence's first token */
+} sida_recorded_call;
+
+typedef struct sida_recorded_layer {
+    const int32_t *experts;   /* [tokens, k] */
+    const float *alpha;       /* [tokens, k] */
+    const uint8_t *dropped;   /* [tokens] */
+    const uint16_t *top_ids;  /* [tokens, T] best first, ties to the lower id */
+    const uint16_t *top_logp; /* [tokens, T] fp16 bits, as in ops/top.h */
+} sida_recorded_layer;
+
+/* Of at most `calls` forward calls of `run`, which it must not outlive. Its host memory, pinned
+ * where the device wants that, grows with the calls: at most twice what they hold. */
+sida_status sida_recording_create(sida_recording **out, const sida_run *run, int32_t calls);
+void sida_recording_destroy(sida_recording *recording); /* takes NULL */
+/* Forgets all calls; what they gave out is no longer theirs. After a wait. */
+void sida_recording_reset(sida_recording *recording);
+/* Until every recorded call is on the host; from any thread that nobody records beside. */
+sida_status sida_recording_wait(const sida_recording *recording);
+int32_t sida_recording_calls(const sida_recording *recording);
+/* In the order of the calls; arrays last until the reset. */
+sida_recorded_call sida_recording_call(const sida_recording *recording, int32_t index);
+sida_recorded_layer sida_recording_layer(const sida_recording *recording, int32_t index,
+                                         int32_t layer);
 
 /* --- greedy generation over the last encode */
 typedef struct sida_generate_options {

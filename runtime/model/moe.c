@@ -120,6 +120,7 @@ sida_status sida_run_moe_prepare(sida_run *run, sida_run_call *call) {
                                  ? NULL
                                  : driver->allow(driver->context, call->side);
     assert(driver->resident || (driver->begin && driver->take && driver->release));
+    SIDA_TRY(sida_run_record_check(run, driver));
     call->chooser = allowed                 ? SIDA_CHOOSER_ALLOWED
                     : !driver->choose       ? SIDA_CHOOSER_ROUTER
                     : driver->chooses_ahead ? SIDA_CHOOSER_AHEAD
@@ -149,6 +150,7 @@ sida_status sida_run_moe_route(sida_run *run, const sida_run_call *call, const s
                                   block->ff_norm, tokens, model->config.epsilon);
     SIDA_TRY(sida_run_normed_product(run, run->device.logits_router, info->experts, block->router,
                                      block->ff_norm, tokens, true));
+    SIDA_TRY(sida_run_record_top(run, call, layer_of(run, call, block->site)));
     if (call->chooser == SIDA_CHOOSER_HOST) goto out;
     sida_router_call router = {.experts = choice.experts,
                                .alpha = choice.alpha,

@@ -125,6 +125,8 @@ static void lay_device(sida_run_device *out, layout *at, const sida_model *model
     lay_index(&out->index, at, limits->sequences, tokens);
     lay_choices(&out->choices, &out->allowed, at, info, limits);
     out->waves = part(at, info->experts, SIDA_WAVE_BYTES);
+    out->top =
+        part(at, most_layers(info) * tokens, 2 * (size_t)limits->record_top * sizeof *out->top);
     out->h = floats(at, tokens, d);
     out->x = activations(at, model, tokens, d);
     out->cross = floats(at, limits->input_tokens, layers * 2 * inner);
@@ -171,7 +173,8 @@ static bool limits_are_sane(const sida_run_limits *limits) {
     return limits->sequences >= 1 && limits->sequences <= MAX_SEQUENCES &&
            limits->input_tokens >= 1 && limits->input_tokens <= max_tokens &&
            limits->step_tokens >= 1 && limits->step_tokens <= max_tokens &&
-           limits->decoder_positions >= 1 && limits->decoder_positions <= MAX_POSITIONS;
+           limits->decoder_positions >= 1 && limits->decoder_positions <= MAX_POSITIONS &&
+           limits->record_top >= 0 && limits->record_top <= UINT16_MAX + 1;
 }
 
 size_t sida_run_bytes(const sida_model *model, const sida_run_limits *limits) {
@@ -195,6 +198,9 @@ sida_status sida_run_create(sida_run **out, sida_model *model, const sida_run_li
                   "a run of %d sequences, %lld and %lld tokens and %d decoder positions",
                   limits->sequences, (long long)limits->input_tokens,
                   (long long)limits->step_tokens, limits->decoder_positions);
+    if (limits->record_top > model->config.info.experts)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "the best %d of %d experts cannot be recorded",
+                  limits->record_top, model->config.info.experts);
     size_t bytes = sida_run_bytes(model, limits);
     if (bytes < SIZE_MAX) bytes -= model->ops->stream_bytes; /* prepare takes these */
     SIDA_TRY(SIDA_ALLOC(&run, 1, "a run"));

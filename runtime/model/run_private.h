@@ -48,6 +48,7 @@ typedef struct sida_run_device {
     char *choices;    /* [L] of sida_run_choice */
     char *waves;      /* [E] of SIDA_WAVE_BYTES */
     uint8_t *allowed; /* [L, sequences, E] */
+    uint16_t *top;    /* [L] of ids [tokens, T], log-probabilities [tokens, T]: end to end too */
 } sida_run_device;
 
 typedef struct sida_run_host {
@@ -123,5 +124,12 @@ sida_status sida_run_moe_resident(sida_run *run, const sida_run_call *call,
 /* Nothing where the experts have added already. May be recorded. */
 sida_status sida_run_moe_combine(sida_run *run, const sida_run_call *call, const sida_block *block);
 bool sida_run_experts_add(const sida_run *run);
+
+/* --- recording; each does nothing for a driver that does not record */
+sida_status sida_run_record_check(const sida_run *run, const sida_moe_driver *driver);
+/* Behind the layer's router logits. May be recorded. */
+sida_status sida_run_record_top(sida_run *run, const sida_run_call *call, int32_t layer);
+/* Behind the call: starts the copies to the host. */
+sida_status sida_run_record(sida_run *run, const sida_run_call *call);
 
 #endif

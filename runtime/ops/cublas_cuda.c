@@ -1,5 +1,6 @@
 #include "runtime/ops/cublas_cuda.h"
 
+#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdbool.h>
@@ -30,6 +31,7 @@ static void load(void) {
              find(from, &functions.set_stream, "cublasSetStream_v2") &&
              find(from, &functions.set_workspace, "cublasSetWorkspace_v2") &&
              find(from, &functions.gemm, "cublasGemmEx") &&
+             find(from, &functions.gemm_batched, "cublasGemmStridedBatchedEx") &&
              find(from, &functions.status_string, "cublasGetStatusString");
     if (loaded) return;
     const char *why = dlerror();
@@ -45,4 +47,13 @@ sida_status sida_cublas_load(const sida_cublas **out) {
                          reason);
     *out = &functions;
     return SIDA_OK;
+}
+
+sida_status sida_cublas_check(const sida_cublas *cublas, cublasStatus_t code, const char *call) {
+    if (code == CUBLAS_STATUS_SUCCESS) return SIDA_OK;
+    (void)cudaGetLastError();
+    return sida_fail(SIDA_ERROR_DEVICE, "cuda: %s: %s%s", call, cublas->status_string(code),
+                     code == CUBLAS_STATUS_ALLOC_FAILED || code == CUBLAS_STATUS_NOT_INITIALIZED
+                         ? ": is there device memory left beside the budget?"
+                         : "");
 }

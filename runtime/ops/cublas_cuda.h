@@ -10,6 +10,7 @@ extern "C" {
 #endif
 
 #include "formats/base/status.h"
+#include "runtime/backend/backend.h"
 
 /* The functions that the ops call, under cuBLAS's own types. */
 typedef struct sida_cublas {
@@ -23,11 +24,22 @@ typedef struct sida_cublas {
                            cudaDataType b_type, int ldb, const void *beta, void *c,
                            cudaDataType c_type, int ldc, cublasComputeType_t compute,
                            cublasGemmAlgo_t algo);
+    cublasStatus_t (*gemm_batched)(cublasHandle_t handle, cublasOperation_t transa,
+                                   cublasOperation_t transb, int m, int n, int k, const void *alpha,
+                                   const void *a, cudaDataType a_type, int lda, long long a_stride,
+                                   const void *b, cudaDataType b_type, int ldb, long long b_stride,
+                                   const void *beta, void *c, cudaDataType c_type, int ldc,
+                                   long long c_stride, int batch, cublasComputeType_t compute,
+                                   cublasGemmAlgo_t algo);
     const char *(*status_string)(cublasStatus_t status);
 } sida_cublas;
 
 /* Loads the version that this was compiled against. DEVICE when it is not there. Any thread. */
 sida_status sida_cublas_load(const sida_cublas **out);
+/* SIDA_OK, or DEVICE with the call's name, cuBLAS's words and what to do. */
+sida_status sida_cublas_check(const sida_cublas *cublas, cublasStatus_t code, const char *call);
+/* The handle of a compute stream, made (sida_prepare_cuda) where there is none yet. */
+sida_status sida_cublas_of(sida_stream *stream, const sida_cublas **cublas, cublasHandle_t *handle);
 
 #ifdef __cplusplus
 }

@@ -24,12 +24,7 @@ typedef struct stream_state {
 } stream_state;
 
 static sida_status check_blas(const stream_state *state, cublasStatus_t code, const char *call) {
-    if (code == CUBLAS_STATUS_SUCCESS) return SIDA_OK;
-    (void)cudaGetLastError();
-    return sida_fail(SIDA_ERROR_DEVICE, "cuda: %s: %s%s", call, state->cublas->status_string(code),
-                     code == CUBLAS_STATUS_ALLOC_FAILED || code == CUBLAS_STATUS_NOT_INITIALIZED
-                         ? ": is there device memory left beside the budget?"
-                         : "");
+    return sida_cublas_check(state->cublas, code, call);
 }
 
 static void state_destroy(void *state) {
@@ -72,6 +67,16 @@ extern "C" sida_status sida_prepare_cuda(sida_stream *base) {
         state_destroy(state);
     }
     return status;
+}
+
+extern "C" sida_status sida_cublas_of(sida_stream *stream, const sida_cublas **cublas,
+                                      cublasHandle_t *handle) {
+    sida_status status = sida_prepare_cuda(stream);
+    if (status != SIDA_OK) return status;
+    const stream_state *state = (const stream_state *)sida_cuda_stream_of(stream)->ops_state;
+    *cublas = state->cublas;
+    *handle = state->blas;
+    return SIDA_OK;
 }
 
 /* --- few rows in fp32 */

@@ -20,6 +20,7 @@
 #include "runtime/ops/norm.h"
 #include "runtime/ops/router.h"
 #include "runtime/ops/sparsemax.h"
+#include "runtime/ops/top.h"
 
 typedef struct sida_ops {
     sida_embedding_fn *embedding;
@@ -29,6 +30,7 @@ typedef struct sida_ops {
     sida_attention_fn *attention;
     sida_append_fn *append;
     sida_router_fn *router;
+    sida_top_fn *top;
     sida_dispatch_fn *dispatch;
     /* router and then dispatch of its choice, as one; NULL: call the two. */
     sida_status (*route)(sida_stream *stream, const sida_router_call *router,

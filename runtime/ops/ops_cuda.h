@@ -17,6 +17,7 @@ sida_gated_fn sida_gated_cuda;
 sida_attention_fn sida_attention_cuda;
 sida_append_fn sida_append_cuda;
 sida_router_fn sida_router_cuda;
+sida_top_fn sida_top_cuda;
 sida_dispatch_fn sida_dispatch_cuda;
 sida_status sida_route_cuda(sida_stream *stream, const sida_router_call *router,
                             const sida_dispatch_call *dispatch);

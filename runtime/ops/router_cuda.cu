@@ -1,20 +1,12 @@
 /* The router, a warp a token, and route: with few tokens one block chooses the experts and groups
  * the rows, which saves the launches between. */
 #include "runtime/ops/group_cuda.cuh"
+#include "runtime/ops/order_cuda.cuh"
 
 constexpr int THREADS = 128;
 constexpr unsigned ALL = 0xffffffffu, NO_EXPERT = 0xffffffffu;
 /* Tokens that one block takes in route: more of them are slower than a router on many blocks. */
 constexpr int ROUTE_TOKENS = 96;
-
-/* Larger for a larger logit; -0 is 0, NaN below all. */
-static __device__ unsigned order_of(float logit) {
-    const unsigned bits = __float_as_uint(logit + 0.0f);
-    return isnan(logit) ? 0u : (bits >> 31 ? ~bits : bits | 0x80000000u);
-}
-static __device__ float logit_of(unsigned order) {
-    return __uint_as_float(order >> 31 ? order & 0x7fffffffu : ~order); /* 0: a NaN */
-}
 
 /* One token's choices, by a warp; to chosen [k] as well, unless NULL. SLOTS: logits that a lane
  * keeps, 32 * SLOTS >= E; 0: any number, read again for each rank. Either way lane i has experts i,

@@ -31,7 +31,7 @@ static sida_status use(sida_model *model) {
     static const int64_t step_offsets[] = {0, 1, 2};
     static const int32_t step_ids[] = {0, 0};
     const sida_ragged input = {2, offsets, ids}, step = {2, step_offsets, step_ids};
-    const sida_run_limits limits = {2, 6, 2, 4};
+    const sida_run_limits limits = {2, 6, 2, 4, 0};
     const sida_model_info *info = sida_model_get_info(model);
     sida_resident *resident = NULL;
     sida_run *run = NULL;

@@ -112,7 +112,7 @@ static void bench_open(bench *b, const char *folder) {
     OK(sida_model_open(&b->model, b->cuda, folder));
     OK(sida_resident_create(&b->resident, b->model));
     b->info = sida_model_get_info(b->model);
-    const sida_run_limits limits = {SEQUENCES, TOKENS, SEQUENCES, STEPS};
+    const sida_run_limits limits = {SEQUENCES, TOKENS, SEQUENCES, STEPS, 0};
     OK(sida_run_create(&b->run, b->model, &limits));
     size_t all = (size_t)b->info->sites * (size_t)b->info->experts;
     b->supplier = (supplier){.info = b->info};

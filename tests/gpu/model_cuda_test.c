@@ -89,7 +89,7 @@ static float *forward(sida_backend *backend, const char *folder, recorder *r, bo
     sida_ragged input = random_batch(input_lengths, info->vocabulary, 3);
     sida_ragged target = random_batch(target_lengths, info->vocabulary, 4);
     int64_t rows = sida_ragged_tokens(&target);
-    const sida_run_limits limits = {SEQUENCES, sida_ragged_tokens(&input), rows, 8};
+    const sida_run_limits limits = {SEQUENCES, sida_ragged_tokens(&input), rows, 8, 0};
     const sida_moe_driver *driver =
         sida_resident_driver(resident, r, replays ? replay : NULL, replays ? NULL : record);
     OK(sida_run_create(&run, model, &limits));
@@ -168,7 +168,7 @@ static void test_resident(void **state) {
         sida_ragged input = random_batch(input_lengths, info->vocabulary, 3);
         sida_ragged target = random_batch(target_lengths, info->vocabulary, 4);
         int64_t rows = sida_ragged_tokens(&target);
-        const sida_run_limits limits = {SEQUENCES, sida_ragged_tokens(&input), rows, 8};
+        const sida_run_limits limits = {SEQUENCES, sida_ragged_tokens(&input), rows, 8, 0};
         OK(sida_run_create(&run, model, &limits));
         for (int hooked = 0; hooked < 2; hooked++) {
             const sida_moe_driver *driver =

@@ -35,6 +35,7 @@ static sida_train_options small_options(void) {
     sida_train_options o = sida_train_defaults();
     o.trace = train_path;
     o.valid = valid_path;
+    o.device = "cpu";
     o.epochs = 4;
     o.batch = 20; /* three shards; the last batch is smaller */
     o.warmup = 3;

@@ -129,9 +129,10 @@ static void test_second_records(void **state) {
         {.tokens = 5, .sequences = 1, .side = 1},
         {.tokens = 5, .sequences = 1, .chooser = 1},
         {.tokens = 5, .sequences = 1, .stops = 1},
+        {.tokens = 5, .sequences = 1, .records = 1},
         {.tokens = 5, .sequences = 1, .resident = &w},
     };
-    for (int i = 0; i < 5; i++) {
+    for (int i = 0; i < 6; i++) {
         assert_ok(sida_graphs_begin(w.graphs, &keys[i]));
         assert_ok(sida_graphs_issue(w.graphs, 0, issue, NULL));
         assert_counts(10 + i, 3, 6);

@@ -32,7 +32,7 @@ static const sida_ragged input = {SEQUENCES, offsets, ids};
 static const int64_t step_offsets[] = {0, 2, 3, 6};
 static const int32_t step_ids[] = {0, 5, 0, 0, 6, 7};
 static const sida_ragged target = {SEQUENCES, step_offsets, step_ids};
-static const sida_run_limits limits = {SEQUENCES, TOKENS, STEP, 8};
+static const sida_run_limits limits = {SEQUENCES, TOKENS, STEP, 8, 0};
 
 typedef struct world {
     sida_backend *backend;
@@ -375,7 +375,7 @@ static void test_limits(void **state) {
     sida_generate_options options = {.max_new_tokens = 9};
     assert_int_equal(sida_run_generate(w.run, &options, driver, out, counts), SIDA_ERROR_ARGUMENT);
     sida_run *bad = NULL;
-    sida_run_limits zero = {0}, huge = {1 << 20, 1 << 28, 1 << 28, 1 << 24};
+    sida_run_limits zero = {0}, huge = {1 << 20, 1 << 28, 1 << 28, 1 << 24, 0};
     assert_int_equal(sida_run_create(&bad, w.model, &zero), SIDA_ERROR_ARGUMENT);
     assert_null(bad);
     OK(sida_backend_set_cap(w.backend, (size_t)1 << 30));

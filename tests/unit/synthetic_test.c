@@ -43,7 +43,7 @@ static void forward(const sida_synthetic_options *options, float *logits, counts
     static const int64_t offsets[] = {0, TOKENS}, step_offsets[] = {0, 1};
     static const int32_t start[] = {0};
     static int32_t ids[TOKENS];
-    const sida_run_limits limits = {1, TOKENS, 1, 1};
+    const sida_run_limits limits = {1, TOKENS, 1, 1, 0};
     const sida_ragged input = {1, offsets, ids}, step = {1, step_offsets, start};
     sida_backend *backend;
     sida_model *model;

@@ -1,2 +1,5 @@
 sida_test(trainer_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/trainer_test.c DEPENDS sida_trainer
   LABELS unit)
+sida_test(learner_test
+  SOURCES ${CMAKE_CURRENT_LIST_DIR}/learner_test.c ../train_ops_host.c
+  DEPENDS sida_trainer LABELS unit threads)

@@ -3,6 +3,7 @@
 
 #include "runtime/predictor/sources.h"
 #include "trainer/adamw.h"
+#include "trainer/checkpoint.h"
 #include "trainer/train.h"
 
 #include <unistd.h>
@@ -151,6 +152,7 @@ static void pairs_that_do_not_fit(void **state) {
         sida_train_options o = sida_train_defaults();
         o.trace = train_path;
         o.valid = valid_path;
+        o.device = "cpu";
         o.output = output_path;
         refused(sida_train(&o, NULL), SIDA_ERROR_MISMATCH, cases[i].words);
         assert_int_equal(access(output_path, F_OK), -1);
@@ -164,6 +166,13 @@ static void bad_options(void **state) {
     sida_train_options good = sida_train_defaults(), o;
     good.trace = good.valid = train_path;
     good.output = output_path;
+    good.device = "cpu";
+    o = good;
+    o.device = "abacus";
+    refused(sida_train(&o, NULL), SIDA_ERROR_ARGUMENT, "'abacus'");
+    o = good;
+    o.device_batch = -1;
+    refused(sida_train(&o, NULL), SIDA_ERROR_ARGUMENT, "range");
     o = good;
     o.epochs = 0;
     refused(sida_train(&o, NULL), SIDA_ERROR_ARGUMENT, "range");
@@ -289,12 +298,40 @@ static void adamw(void **state) {
     assert_true(fabsf(clip[0] - 0.6f) < 1e-6f && fabsf(clip[1] - 0.8f) < 1e-6f);
 }
 
+/* A checkpoint knows its device; without one it is the CPU's. */
+static void devices(void **state) {
+    (void)state;
+    const sida_net_config net = {.d_model = 4,
+                                 .hidden = 2,
+                                 .lstm_layers = 1,
+                                 .experts = 3,
+                                 .vocabulary = 5,
+                                 .layers = {1, 0}};
+    sida_predictor_meta cpu = {.source = (char *)(uintptr_t) "lstm"}, cuda = cpu;
+    cpu.config = json_pack("{s:o, s:{}}", "net", sida_net_config_to_json(&net), "training");
+    cuda.config = json_deep_copy(cpu.config);
+    json_object_set_new(json_object_get(cuda.config, "training"), "device", json_string("cuda"));
+    sida_train_state s;
+    assert_int_equal(sida_train_state_create(&s, &net, 0, 1), SIDA_OK);
+    assert_int_equal(sida_checkpoint_write(output_path, &cuda, &s), SIDA_OK);
+    assert_int_equal(sida_checkpoint_read(&s, output_path, &cuda, 1), SIDA_OK);
+    refused(sida_checkpoint_read(&s, output_path, &cpu, 1), SIDA_ERROR_MISMATCH, "--device cuda");
+    assert_int_equal(sida_checkpoint_write(output_path, &cpu, &s), SIDA_OK);
+    assert_int_equal(sida_checkpoint_read(&s, output_path, &cpu, 1), SIDA_OK);
+    refused(sida_checkpoint_read(&s, output_path, &cuda, 1), SIDA_ERROR_MISMATCH, "--device cpu");
+    sida_train_state_free(&s);
+    json_decref(cpu.config);
+    json_decref(cuda.config);
+    unlink(output_path);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {cmocka_unit_test(dataset),
                                        cmocka_unit_test(bad_traces),
                                        cmocka_unit_test(pairs_that_do_not_fit),
                                        cmocka_unit_test(bad_options),
                                        cmocka_unit_test(evaluation),
-                                       cmocka_unit_test(adamw)};
+                                       cmocka_unit_test(adamw),
+                                       cmocka_unit_test(devices)};
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -72,16 +72,20 @@ def key_of(job, row):
     return Key(system, row["experts"], dtype, batch, "100%", None, length)
 
 
+def load_results(path, formats):
+    try:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+    if not isinstance(results, dict) or results.get("format") not in formats:
+        raise Refused(f"not a results file of tools/bench/gpu or gpu-train ({', '.join(formats)})")
+    return results
+
+
 class Results:
-    def __init__(self, path):
-        self.path = path
-        try:
-            with open(path, encoding="utf-8") as file:
-                self.file = json.load(file)
-        except (OSError, ValueError) as error:
-            raise Refused(str(error)) from error
-        if not isinstance(self.file, dict) or self.file.get("format") != FORMAT:
-            raise Refused(f"not a results file of tools/bench/gpu ({FORMAT})")
+    def __init__(self, file):
+        self.file = file
         self.cases, self.failures, self.outside, self.devices = {}, [], {}, set()
         links = []
         for part, record in self.file["parts"].items():

@@ -9,6 +9,7 @@
 enum {
     KEY_LIMIT = 0x100,
     KEY_RESUME,
+    KEY_DRY_RUN,
     KEY_MAX_TOKENS,
     KEY_TRUNCATE,
     KEY_GENERATE,
@@ -34,6 +35,8 @@ static const struct argp_option argp_options[] = {
     {"batch", 'b', "N", 0, "sequences a batch (16)", 0},
     {"limit", KEY_LIMIT, "N", 0, "stop after N records", 0},
     {"resume", KEY_RESUME, 0, 0, "go on with what a killed run finished", 0},
+    {"dry-run", KEY_DRY_RUN, 0, 0, "only run the model over the corpus: record and write nothing",
+     0},
     {"max-tokens", KEY_MAX_TOKENS, "N", 0, "longest input or target in tokens (512)", 0},
     {"truncate", KEY_TRUNCATE, 0, 0, "cut longer ones instead of refusing them", 0},
     {"generate", KEY_GENERATE, "N", 0, "greedy tokens traced where there is no target (16)", 0},
@@ -73,6 +76,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
     case KEY_RESUME:
         t->resume = true;
         return 0;
+    case KEY_DRY_RUN:
+        t->dry_run = true;
+        return 0;
     case KEY_MAX_TOKENS:
         t->max_tokens = (int32_t)sida_cli_i64(state, "--max-tokens", text, 2, 8192);
         return 0;
@@ -98,7 +104,7 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         sida_cli_require(state, "--model", t->model);
         sida_cli_require(state, "--format", o->format_known ? t : NULL);
         sida_cli_require(state, "--input", t->input);
-        sida_cli_require(state, "--output", t->output);
+        if (!t->dry_run) sida_cli_require(state, "--output", t->output);
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -120,18 +126,20 @@ static sida_status print_report(const options *o, const sida_tracer_report *r) {
     int64_t tokens = r->tokens[0] + r->tokens[1];
     double rate = r->seconds > 0 ? (double)r->new_tokens / r->seconds : 0,
            bytes = tokens > 0 ? (double)r->bytes / (double)tokens : 0;
+    const char *name = o->tracer.dry_run ? "dry run" : o->tracer.output;
     if (o->json)
-        return sida_cli_print_json(json_pack(
-            "{s:s, s:s, s:I, s:I, s:I, s:I, s:i, s:i, s:f, s:I, s:f}", "trace", o->tracer.output,
-            "device", r->device, "sequences", (json_int_t)r->sequences, "encoder_tokens",
-            (json_int_t)r->tokens[0], "decoder_tokens", (json_int_t)r->tokens[1], "new_tokens",
-            (json_int_t)r->new_tokens, "parts", (int)r->parts, "parts_reused", (int)r->parts_reused,
-            "tokens_per_s", rate, "bytes", (json_int_t)r->bytes, "bytes_per_token", bytes));
+        return sida_cli_print_json(
+            json_pack("{s:s, s:s, s:I, s:I, s:I, s:I, s:i, s:i, s:f, s:f, s:I, s:f}", "trace", name,
+                      "device", r->device, "sequences", (json_int_t)r->sequences, "encoder_tokens",
+                      (json_int_t)r->tokens[0], "decoder_tokens", (json_int_t)r->tokens[1],
+                      "new_tokens", (json_int_t)r->new_tokens, "parts", (int)r->parts,
+                      "parts_reused", (int)r->parts_reused, "tokens_per_s", rate, "merge_s",
+                      r->merge_seconds, "bytes", (json_int_t)r->bytes, "bytes_per_token", bytes));
     if (r->parts_reused > 0) printf("%d finished parts reused; ", r->parts_reused);
-    printf("%s: %lld sequences, %lld encoder and %lld decoder tokens, %.1f bytes a token, "
-           "%.0f tokens/s on %s\n",
-           o->tracer.output, (long long)r->sequences, (long long)r->tokens[0],
-           (long long)r->tokens[1], bytes, rate, r->device);
+    printf("%s: %lld sequences, %lld encoder and %lld decoder tokens, ", name,
+           (long long)r->sequences, (long long)r->tokens[0], (long long)r->tokens[1]);
+    if (!o->tracer.dry_run) printf("%.1f bytes a token, ", bytes);
+    printf("%.0f tokens/s on %s\n", rate, r->device);
     return sida_cli_flush();
 }
 

@@ -32,7 +32,10 @@ enum {
     KEY_SCHEDULE,
     KEY_THREADS,
     KEY_JSON,
-    KEY_CHECKPOINT_EVERY
+    KEY_CHECKPOINT_EVERY,
+    KEY_DEVICE,
+    KEY_DEVICE_BATCH,
+    KEY_FP32
 };
 
 static const struct argp_option argp_options[] = {
@@ -60,6 +63,11 @@ static const struct argp_option argp_options[] = {
      "continue from OUTPUT.checkpoint, to the same bytes; without one, start", 2},
     {"checkpoint-every", KEY_CHECKPOINT_EVERY, "N", 0,
      "steps between checkpoints (0: one after each epoch)", 2},
+    {"device", KEY_DEVICE, "NAME", 0,
+     "cpu, cuda, or auto (default): cuda where a GPU and cuDNN are present", 2},
+    {"device-batch", KEY_DEVICE_BATCH, "N", 0,
+     "sequences of a batch that the GPU computes at a time, for less of its memory (0: all)", 2},
+    {"fp32", KEY_FP32, NULL, 0, "on the GPU, round no factor of a product to TF32", 2},
     {"threads", KEY_THREADS, "N", 0, "CPU threads; the result does not depend on it", 2},
     {"json", KEY_JSON, NULL, 0, "print a summary to standard output", 2},
     {0}};
@@ -141,6 +149,15 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         return 0;
     case KEY_CHECKPOINT_EVERY:
         t->checkpoint_every = count(state, "--checkpoint-every", text, 0);
+        return 0;
+    case KEY_DEVICE:
+        t->device = text;
+        return 0;
+    case KEY_DEVICE_BATCH:
+        t->device_batch = count(state, "--device-batch", text, 0);
+        return 0;
+    case KEY_FP32:
+        t->fp32 = true;
         return 0;
     case ARGP_KEY_END:
         sida_cli_require(state, "--trace", t->trace);

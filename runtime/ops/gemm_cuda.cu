@@ -1,0 +1,223 @@
+/* Products of training and their gradients: cuBLAS, with biases and sums of columns by kernels. */
+#include "runtime/ops/gemm_cuda.cuh"
+
+#include <assert.h>
+
+constexpr int THREADS = 256;
+
+extern "C" sida_status sida_zero_cuda(sida_stream *stream, void *data, size_t bytes) {
+    if (bytes == 0) return SIDA_OK;
+    sida_status status = sida_cuda_use(stream->backend);
+    if (status != SIDA_OK) return status;
+    return SIDA_CUDA(cudaMemsetAsync(data, 0, bytes, stream_of(stream)));
+}
+
+/* --- products */
+
+static bool fits(const sida_gemm_call *call) {
+    return call->m <= INT32_MAX && call->n <= INT32_MAX && call->k <= INT32_MAX &&
+           call->lda <= INT32_MAX && call->ldb <= INT32_MAX && call->ldc <= INT32_MAX;
+}
+
+/* Row-major c = op(a) op(b) is column-major cᵀ = op(b)ᵀ op(a)ᵀ. */
+sida_status gemm_batched(sida_stream *stream, const gemm_batch *batch, bool tf32) {
+    const sida_gemm_call *q = &batch->first;
+    if (!fits(q)) return sida_fail(SIDA_ERROR_UNSUPPORTED, "cuda: a product of over 2^31 rows");
+    if (q->m == 0 || q->n == 0 || batch->count == 0) return SIDA_OK;
+    if (q->k == 0 && q->add) return SIDA_OK;
+    const sida_cublas *cublas;
+    cublasHandle_t handle;
+    sida_status status = sida_cuda_use(stream->backend);
+    if (status == SIDA_OK) status = sida_cublas_of(stream, &cublas, &handle);
+    if (status != SIDA_OK) return status;
+    if (q->k == 0) {
+        for (int32_t i = 0; status == SIDA_OK && i < batch->count; i++)
+            status = SIDA_CUDA(
+                cudaMemset2DAsync(q->c + i * batch->c_stride, (size_t)q->ldc * sizeof(float), 0,
+                                  (size_t)q->n * sizeof(float), (size_t)q->m, stream_of(stream)));
+        return status;
+    }
+    const float one = 1.0f, beta = q->add ? 1.0f : 0.0f;
+    const cublasOperation_t op_a = q->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasOperation_t op_b = q->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    const cublasComputeType_t compute = tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+    if (batch->count == 1)
+        return sida_cublas_check(cublas,
+                                 cublas->gemm(handle, op_b, op_a, (int)q->n, (int)q->m, (int)q->k,
+                                              &one, q->b, CUDA_R_32F, (int)q->ldb, q->a, CUDA_R_32F,
+                                              (int)q->lda, &beta, q->c, CUDA_R_32F, (int)q->ldc,
+                                              compute, CUBLAS_GEMM_DEFAULT),
+                                 "cublasGemmEx");
+    return sida_cublas_check(
+        cublas,
+        cublas->gemm_batched(handle, op_b, op_a, (int)q->n, (int)q->m, (int)q->k, &one, q->b,
+                             CUDA_R_32F, (int)q->ldb, batch->b_stride, q->a, CUDA_R_32F,
+                             (int)q->lda, batch->a_stride, &beta, q->c, CUDA_R_32F, (int)q->ldc,
+                             batch->c_stride, batch->count, compute, CUBLAS_GEMM_DEFAULT),
+        "cublasGemmStridedBatchedEx");
+}
+
+extern "C" sida_status sida_gemm_cuda(sida_stream *stream, const sida_gemm_call *call, bool tf32) {
+    gemm_batch batch = {};
+    batch.first = *call;
+    batch.count = 1;
+    return gemm_batched(stream, &batch, tf32);
+}
+
+/* --- y = x Wᵀ + bias */
+
+template <int PACK>
+__global__ void __launch_bounds__(THREADS)
+    epilogue_kernel(float *y, const float *bias, int64_t count, int64_t cols, bool relu) {
+    allow_next();
+    await_inputs();
+    const int64_t step = (int64_t)gridDim.x * THREADS * PACK;
+    for (int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * PACK; i < count; i += step) {
+        float value[PACK];
+        if (PACK == 4) {
+            const float4 wide = *(const float4 *)(y + i);
+            memcpy(value, &wide, sizeof wide);
+        } else {
+            value[0] = y[i];
+        }
+#pragma unroll
+        for (int k = 0; k < PACK; k++) {
+            if (bias) value[k] += bias[i % cols + k]; /* cols is a multiple of PACK */
+            if (relu && value[k] < 0.0f) value[k] = 0.0f;
+        }
+        if (PACK == 4) {
+            float4 wide;
+            memcpy(&wide, value, sizeof wide);
+            *(float4 *)(y + i) = wide;
+        } else {
+            y[i] = value[0];
+        }
+    }
+}
+
+extern "C" sida_status sida_linear_train_cuda(sida_stream *stream, float *y, const float *x,
+                                              sida_weight w, const float *bias,
+                                              sida_epilogue epilogue, int64_t n, bool tf32) {
+    assert(w.dtype == SIDA_F32);
+    sida_gemm_call product = {};
+    product.c = y;
+    product.ldc = w.rows;
+    product.a = x;
+    product.lda = w.cols;
+    product.b = (const float *)w.data;
+    product.ldb = w.cols;
+    product.m = n;
+    product.n = w.rows;
+    product.k = w.cols;
+    product.transpose_b = true;
+    product.add = epilogue == SIDA_EPILOGUE_ADD;
+    const bool relu = epilogue == SIDA_EPILOGUE_RELU;
+    const int64_t count = n * w.rows;
+    sida_status status = sida_gemm_cuda(stream, &product, tf32);
+    if (status != SIDA_OK || count == 0 || (!bias && !relu)) return status;
+    const bool wide = w.rows % 4 == 0 && (uintptr_t)y % 16 == 0;
+    const int64_t blocks = (count + THREADS - 1) / THREADS / (wide ? 4 : 1) + 1;
+    const dim3 grid((unsigned)(blocks < 4096 ? blocks : 4096));
+    return launch_kernel("bias kernel", stream, wide ? epilogue_kernel<4> : epilogue_kernel<1>,
+                         grid, THREADS, 0, y, bias, count, w.rows, relu);
+}
+
+/* --- sums of columns */
+
+/* A block sums SUM_COLS columns of one part of the rows, SUM_ROWS rows at a time. */
+constexpr int SUM_COLS = 32, SUM_ROWS = 8;
+
+__global__ void __launch_bounds__(SUM_COLS *SUM_ROWS)
+    part_sums_kernel(float *parts, float *x, const float *activated, int64_t rows, int64_t cols,
+                     int64_t part_rows) {
+    __shared__ float sums[SUM_ROWS][SUM_COLS];
+    const int column = threadIdx.x % SUM_COLS, row = threadIdx.x / SUM_COLS;
+    const int64_t c = (int64_t)blockIdx.x * SUM_COLS + column;
+    const int64_t begin = (int64_t)blockIdx.y * part_rows;
+    const int64_t end = begin + part_rows < rows ? begin + part_rows : rows;
+    allow_next();
+    await_inputs();
+    float sum = 0.0f;
+    if (c < cols)
+#pragma unroll 4
+        for (int64_t r = begin + row; r < end; r += SUM_ROWS) {
+            float value = x[r * cols + c];
+            if (activated && activated[r * cols + c] == 0.0f) x[r * cols + c] = value = 0.0f;
+            sum += value;
+        }
+    sums[row][column] = sum;
+    __syncthreads();
+    if (row > 0 || c >= cols) return;
+#pragma unroll
+    for (int i = 1; i < SUM_ROWS; i++) sum += sums[i][column];
+    parts[blockIdx.y * cols + c] = sum;
+}
+
+__global__ void __launch_bounds__(THREADS)
+    add_parts_kernel(float *out, const float *parts, int64_t cols) {
+    const int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    allow_next();
+    await_inputs();
+    if (c >= cols) return;
+    float sum = 0.0f;
+#pragma unroll 16
+    for (int i = 0; i < SIDA_COLUMN_SUM_PARTS; i++) sum += parts[i * cols + c];
+    out[c] += sum;
+}
+
+extern "C" sida_status sida_column_sum_cuda(sida_stream *stream, float *out, float *x,
+                                            const float *activated, int64_t rows, int64_t cols,
+                                            float *workspace) {
+    if (rows == 0 || cols == 0) return SIDA_OK;
+    sida_status status = sida_cuda_use(stream->backend);
+    if (status != SIDA_OK) return status;
+    const int64_t part_rows = (rows + SIDA_COLUMN_SUM_PARTS - 1) / SIDA_COLUMN_SUM_PARTS;
+    const dim3 grid((unsigned)((cols + SUM_COLS - 1) / SUM_COLS), SIDA_COLUMN_SUM_PARTS);
+    status = launch_kernel("column sums kernel", stream, part_sums_kernel, grid,
+                           SUM_COLS * SUM_ROWS, 0, workspace, x, activated, rows, cols, part_rows);
+    if (status != SIDA_OK || !out) return status;
+    return launch_kernel("column sums kernel", stream, add_parts_kernel,
+                         dim3((unsigned)((cols + THREADS - 1) / THREADS)), THREADS, 0, out,
+                         workspace, cols);
+}
+
+extern "C" sida_status sida_linear_backward_cuda(sida_stream *stream,
+                                                 const sida_linear_backward_call *call, bool tf32,
+                                                 float *workspace) {
+    const sida_weight *w = &call->weight;
+    assert(w->dtype == SIDA_F32);
+    sida_status status = SIDA_OK;
+    if (call->d_x) {
+        sida_gemm_call product = {};
+        product.c = call->d_x;
+        product.ldc = w->cols;
+        product.a = call->d_y;
+        product.lda = w->rows;
+        product.b = (const float *)w->data;
+        product.ldb = w->cols;
+        product.m = call->n;
+        product.n = w->cols;
+        product.k = w->rows;
+        product.add = true;
+        status = sida_gemm_cuda(stream, &product, tf32);
+    }
+    if (status == SIDA_OK && call->d_weight) {
+        sida_gemm_call product = {};
+        product.c = call->d_weight;
+        product.ldc = w->cols;
+        product.a = call->d_y;
+        product.lda = w->rows;
+        product.b = call->x;
+        product.ldb = w->cols;
+        product.m = w->rows;
+        product.n = w->cols;
+        product.k = call->n;
+        product.transpose_a = true;
+        product.add = true;
+        status = sida_gemm_cuda(stream, &product, tf32);
+    }
+    if (status == SIDA_OK && call->d_bias)
+        status = sida_column_sum_cuda(stream, call->d_bias, (float *)call->d_y, NULL, call->n,
+                                      w->rows, workspace);
+    return status;
+}
