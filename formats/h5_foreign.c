@@ -97,6 +97,7 @@ out:
 typedef struct child_walk {
     uint64_t file_bytes;
     int datasets;
+    int words; /* a pipe for the reason, where there is one to tell */
 } child_walk;
 
 /* Follows hard links only; H5Ovisit would follow the same. */
@@ -106,9 +107,11 @@ static herr_t visit_object(hid_t root, const char *name, const H5O_info_t *info,
     if (++walk->datasets > MAX_DATASETS) return -1;
     hid_t dataset = H5Dopen2(root, name, H5P_DEFAULT);
     if (dataset < 0) return -1;
-    bool sound = !sida_h5_refuse_dataset(dataset, walk->file_bytes) && read_all(dataset);
+    const char *reason = sida_h5_refuse_dataset(dataset, walk->file_bytes);
+    if (!reason && !read_all(dataset)) reason = "cannot be read";
+    if (reason) dprintf(walk->words, "dataset %.80s %s", name, reason);
     H5Dclose(dataset);
-    return sound ? 0 : -1;
+    return reason ? -1 : 0;
 }
 
 static herr_t visit_link(hid_t group, const char *name, const H5L_info_t *info, void *context) {
@@ -140,8 +143,8 @@ static herr_t visit_attribute(hid_t root, const char *name, const H5A_info_t *in
     return result;
 }
 
-static bool walk_file(const char *path, uint64_t file_bytes) {
-    child_walk walk = {file_bytes, 0};
+static bool walk_file(const char *path, uint64_t file_bytes, int words) {
+    child_walk walk = {file_bytes, 0, words};
     hsize_t at = 0;
     hid_t file = H5Fopen(path, H5F_ACC_RDONLY, H5P_DEFAULT);
     return file >= 0 && H5Lvisit(file, H5_INDEX_NAME, H5_ITER_INC, visit_link, NULL) >= 0 &&
@@ -151,7 +154,7 @@ static bool walk_file(const char *path, uint64_t file_bytes) {
 }
 
 /* The child: quiet, bounded, and gone by signal or exit code. */
-__attribute__((noreturn)) static void child_main(const char *path, uint64_t file_bytes) {
+__attribute__((noreturn)) static void child_main(const char *path, uint64_t file_bytes, int words) {
     const int quiet[] = {SIGSEGV, SIGBUS, SIGABRT, SIGFPE, SIGILL, SIGALRM, SIGTERM, SIGINT};
     for (size_t i = 0; i < sizeof quiet / sizeof *quiet; i++) signal(quiet[i], SIG_DFL);
     int null = open("/dev/null", O_RDWR);
@@ -170,15 +173,37 @@ __attribute__((noreturn)) static void child_main(const char *path, uint64_t file
     }
     if (statm) fclose(statm);
     alarm(CHILD_SECONDS);
-    _exit(walk_file(path, file_bytes) ? 0 : 1);
+    _exit(walk_file(path, file_bytes, words) ? 0 : 1);
+}
+
+/* What a child had to say before it ended: plain text, whatever it wrote. */
+static void read_reason(char *text, size_t size, int from) {
+    size_t used = 0;
+    ssize_t got;
+    while (used + 1 < size &&
+           ((got = read(from, text + used, size - 1 - used)) > 0 || (got < 0 && errno == EINTR)))
+        if (got > 0) used += (size_t)got;
+    text[used] = '\0';
+    for (size_t i = 0; i < used; i++)
+        if (text[i] < ' ' || text[i] > '~') text[i] = '?';
 }
 
 sida_status sida_h5_try_foreign(const char *path, uint64_t file_bytes) {
-    int code = 0;
+    int code = 0, words[2];
+    char reason[192] = "";
+    if (pipe2(words, O_CLOEXEC) != 0)
+        return sida_fail(SIDA_ERROR_IO, "%s: no pipe to try it with: %s", path, strerror(errno));
     pid_t child = fork();
+    int error = errno;
+    if (child == 0) {
+        close(words[0]);
+        child_main(path, file_bytes, words[1]);
+    }
+    close(words[1]);
+    if (child > 0) read_reason(reason, sizeof reason, words[0]);
+    close(words[0]);
     if (child < 0)
-        return sida_fail(SIDA_ERROR_IO, "%s: no process to try it in: %s", path, strerror(errno));
-    if (child == 0) child_main(path, file_bytes);
+        return sida_fail(SIDA_ERROR_IO, "%s: no process to try it in: %s", path, strerror(error));
     pid_t got;
     do got = waitpid(child, &code, 0);
     while (got < 0 && errno == EINTR);
@@ -187,6 +212,6 @@ sida_status sida_h5_try_foreign(const char *path, uint64_t file_bytes) {
         return sida_fail(SIDA_ERROR_FORMAT,
                          "%s: not written by sida, and HDF5 died reading it (signal %d)", path,
                          WTERMSIG(code));
-    return sida_fail(SIDA_ERROR_FORMAT,
-                     "%s: not written by sida, and no sound HDF5 file without outside links", path);
+    return sida_fail(SIDA_ERROR_FORMAT, "%s: not written by sida, and %s", path,
+                     reason[0] ? reason : "no sound HDF5 file without outside links");
 }

@@ -1,7 +1,7 @@
 /* P.h5: a trained predictor, and the trainer's checkpoints (the same, plus optimiser state).
- *   /tensors/NAME  f32 (names: runtime/predictor/net.h)     /curve/...  one row an epoch
- * Root attributes: format "sida-predictor", version 1, source ("lstm"), model and tokenizer
- * (fingerprints), config (JSON: everything that shaped the training), plus what a caller sets. */
+ * Root attributes: format "sida-predictor", version 1, source ("lstm", "table" ...), model and
+ * tokenizer (fingerprints), config (JSON: everything that shaped it), plus what a caller sets. What
+ * else is in it depends on the source: formats/README.md. */
 #ifndef SIDA_FORMATS_PREDICTOR_FILE_H
 #define SIDA_FORMATS_PREDICTOR_FILE_H
 

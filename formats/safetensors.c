@@ -174,3 +174,8 @@ size_t sida_safetensors_count(const sida_safetensors *file) {
 const sida_tensor_view *sida_safetensors_at(const sida_safetensors *file, size_t index) {
     return &file->tensors[index];
 }
+
+const json_t *sida_safetensors_metadata(const sida_safetensors *file) {
+    const json_t *metadata = json_object_get(file->header, "__metadata__");
+    return json_is_object(metadata) ? metadata : NULL;
+}

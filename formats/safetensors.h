@@ -1,4 +1,4 @@
-/* One safetensors file: names, types and shapes over mapped bytes.
+/* One safetensors file: names, types and shapes over mapped bytes; and writing one.
  * Format: u64 little-endian header length, JSON header, tensor bytes. */
 #ifndef SIDA_FORMATS_SAFETENSORS_H
 #define SIDA_FORMATS_SAFETENSORS_H
@@ -6,6 +6,7 @@
 #include "formats/base/status.h"
 #include "formats/dtype.h"
 
+#include <jansson.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -32,5 +33,14 @@ void sida_safetensors_destroy(sida_safetensors *file);
 
 size_t sida_safetensors_count(const sida_safetensors *file);
 const sida_tensor_view *sida_safetensors_at(const sida_safetensors *file, size_t index);
+/* __metadata__: an object of strings, borrowed; NULL where the file has none. */
+const json_t *sida_safetensors_metadata(const sida_safetensors *file);
+
+/* Writes the tensors in their order, contiguous, behind a header that ends at a multiple of 8
+ * bytes. metadata: an object of strings, or NULL. The file is there complete or not at all; same
+ * calls, same bytes. Errors: IO, MEMORY; ARGUMENT for a name twice or metadata that is no string.
+ */
+sida_status sida_safetensors_write(const char *path, const sida_tensor_view *tensors, size_t count,
+                                   const json_t *metadata);
 
 #endif

@@ -2,22 +2,9 @@
  * other software in formats/README.md.
  *
  * S sequences; side 0 is the encoder, side 1 the decoder; N[side] tokens end to end, L[side] MoE
- * layers, E experts a layer, k chosen a token, T top entries kept (T >= k, T <= E).
- *
- *   /encoder|decoder/tokens   i32 [N]          input ids of that side
- *                   /offsets  i64 [S + 1]
- *                   /experts  u16 [N, L, k]    chosen experts, best first
- *                   /alpha    f32 [N, L, k]    factors the model applied (or would have, if
- * dropped) /dropped  u8  [N, L]       1: over capacity, output 0 /top_ids  u16 [N, L, T]    experts
- * by falling log-probability, ties to lower id /top_logp f16 [N, L, T]    natural log of the
- * softmax over all E /sequence/line            i64 [S]          1-based line of the source /label
- * i32 [S]          -1: none /generated       u8  [S]          1: decoder ids were generated
- * greedily /target/tokens            i32, /target/offsets i64 [S + 1]   (both absent without
- * targets) /embedding/ids            i32 [U] ascending: every id that occurs on either side /rows
- * f32 [U, d_model]  rows of the model's input embedding Root attributes: format "sida-trace",
- * version 1, model, tokenizer, input (fingerprints, 32 hex), config (config.json as text), options
- * (JSON text), family, experts E, top_k k, top T, layers_encoder, layers_decoder, d_model,
- * vocabulary. A decoder-only model leaves the encoder out (L[0] = 0, N[0] = 0). */
+ * layers, E experts a layer, k chosen a token, T top entries kept (k <= T <= E). A decoder-only
+ * model has no encoder: L[0] = 0, N[0] = 0 and offsets of 0. Fingerprints are compared for
+ * equality. */
 #ifndef SIDA_FORMATS_TRACE_H
 #define SIDA_FORMATS_TRACE_H
 
@@ -102,7 +89,14 @@ sida_status sida_trace_read_targets(sida_trace *trace, int64_t first, int64_t co
 /* The embedding: ids [count] ascending and rows [count, d_model]; free() both. */
 sida_status sida_trace_read_embedding(sida_trace *trace, int32_t *count, int32_t **ids,
                                       float **rows);
-/* Reads everything once and reports the first thing that is wrong. */
+/* Reads everything once: FORMAT with the first thing that is wrong. */
 sida_status sida_trace_check(sida_trace *trace);
+
+/* Takes one line without its end: "PATH: dataset encoder/alpha is missing". */
+typedef void (*sida_trace_report)(void *context, const char *line);
+/* Tells everything that is wrong with a trace or a part, also where it cannot be opened as one. A
+ * kind of problem in a dataset is one line, with its first place and how often it is there. OK
+ * once all was read, whatever was told; IO, FORMAT where there is no HDF5 file to read. */
+sida_status sida_trace_diagnose(const char *path, sida_trace_report report, void *context);
 
 #endif

@@ -5,10 +5,9 @@
 
 #include <assert.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-enum { CHECK_TOKENS = 4096, CHECK_SEQUENCES = 1024 };
 
 struct sida_trace {
     sida_h5_file *file;
@@ -64,10 +63,11 @@ static sida_status read_attributes(sida_trace *trace) {
     SIDA_TRY(read_i32(&info->experts, trace, "experts", 1, UINT16_MAX + 1));
     SIDA_TRY(read_i32(&info->top_k, trace, "top_k", 1, info->experts));
     SIDA_TRY(read_i32(&info->top, trace, "top", info->top_k, info->experts));
-    SIDA_TRY(read_i32(&info->d_model, trace, "d_model", 1, 1 << 24));
-    SIDA_TRY(read_i32(&info->vocabulary, trace, "vocabulary", 1, 1 << 24));
-    SIDA_TRY(read_i32(&info->layers[0], trace, "layers_encoder", 0, 65536));
-    SIDA_TRY(read_i32(&info->layers[1], trace, "layers_decoder", 0, 65536 - info->layers[0]));
+    SIDA_TRY(read_i32(&info->d_model, trace, "d_model", 1, SIDA_TRACE_MOST_D_MODEL));
+    SIDA_TRY(read_i32(&info->vocabulary, trace, "vocabulary", 1, SIDA_TRACE_MOST_VOCABULARY));
+    SIDA_TRY(read_i32(&info->layers[0], trace, "layers_encoder", 0, SIDA_TRACE_MOST_LAYERS));
+    SIDA_TRY(read_i32(&info->layers[1], trace, "layers_decoder", 0,
+                      SIDA_TRACE_MOST_LAYERS - info->layers[0]));
     if (info->layers[0] + info->layers[1] == 0) status = fail(trace, "it", "has no MoE layers");
 out:
     free(format);
@@ -383,92 +383,14 @@ void sida_trace_rows_free(sida_trace_rows *rows) {
     *rows = (sida_trace_rows){0};
 }
 
-/* One token and layer: distinct experts, and log-probabilities that are finite, at most 0 (a bit
- * more is fp16's rounding) and falling. `seen` is [E], all 0, and is left so. */
-static const char *check_cell(const uint16_t *experts, int k, const uint16_t *ids,
-                              const uint16_t *logp, int top, uint8_t *seen) {
-    const char *reason = NULL;
-    float before = 1e-3f;
-    for (int i = 0; i < k; i++) {
-        if (seen[experts[i]]++) reason = "experts: an expert is chosen twice";
-    }
-    for (int i = 0; i < k; i++) seen[experts[i]] = 0;
-    for (int i = 0; i < top; i++) {
-        float value = sida_f16_to_f32(logp[i]);
-        if (seen[ids[i]]++) reason = "top_ids: an expert is listed twice";
-        if (!isfinite(value) || value > before)
-            reason = "top_logp: not finite, above 0 or not falling";
-        before = value;
-    }
-    for (int i = 0; i < top; i++) seen[ids[i]] = 0;
-    return reason;
-}
-
-/* Marks the ids that occur on a side, and checks its rows. */
-static sida_status check_side(sida_trace *trace, int side, uint8_t *seen, uint8_t *occurs) {
-    const sida_trace_info *info = &trace->info;
-    int k = info->top_k, top = info->top, layers = info->layers[side];
-    int64_t tokens = info->tokens[side], block = tokens < CHECK_TOKENS ? tokens : CHECK_TOKENS;
-    sida_status status = SIDA_OK;
-    sida_trace_rows rows = {0};
-    SIDA_TRY(sida_trace_rows_alloc(&rows, info->layers[side], info->top_k, info->top, block));
-    for (int64_t first = 0; first < tokens; first += block) {
-        int64_t count = tokens - first < block ? tokens - first : block;
-        SIDA_TRY(sida_trace_read(trace, side, first, count, &rows));
-        for (int64_t i = 0; i < count; i++) occurs[rows.tokens[i]] = 1;
-        for (int64_t cell = 0; cell < count * layers; cell++) {
-            const char *reason = check_cell(rows.experts + cell * k, k, rows.top_ids + cell * top,
-                                            rows.top_logp + cell * top, top, seen);
-            if (reason)
-                SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: %s, token %lld, MoE layer %lld: %s",
-                          sida_h5_path(trace->file), side ? "decoder" : "encoder",
-                          (long long)(first + cell / layers), (long long)(cell % layers), reason);
-        }
-    }
-out:
-    sida_trace_rows_free(&rows);
-    return status;
-}
-
-static sida_status check_sequences(sida_trace *trace) {
-    int64_t all = trace->info.sequences, lines[CHECK_SEQUENCES];
-    int32_t labels[CHECK_SEQUENCES];
-    uint8_t generated[CHECK_SEQUENCES];
-    sida_status status = SIDA_OK;
-    for (int64_t first = 0; first < all && status == SIDA_OK; first += CHECK_SEQUENCES) {
-        int64_t count = all - first < CHECK_SEQUENCES ? all - first : CHECK_SEQUENCES;
-        int64_t *offsets = NULL;
-        int32_t *ids = NULL;
-        status = sida_trace_read_sequences(trace, first, count, lines, labels, generated);
-        if (status == SIDA_OK)
-            status = sida_trace_read_targets(trace, first, count, &offsets, &ids);
-        free(offsets);
-        free(ids);
-    }
-    return status;
+/* The first line, as later ones write over the message. */
+static void keep_first(void *context, const char *line) {
+    char *first = context;
+    if (!*first) snprintf(first, SIDA_TRACE_LINE, "%s", line);
 }
 
 sida_status sida_trace_check(sida_trace *trace) {
-    const sida_trace_info *info = &trace->info;
-    sida_status status = SIDA_OK;
-    uint8_t *seen = NULL, *occurs = NULL;
-    int32_t count = 0, *ids = NULL;
-    float *embedding = NULL;
-    SIDA_TRY(SIDA_ALLOC(&seen, info->experts, "flags"));
-    SIDA_TRY(SIDA_ALLOC(&occurs, info->vocabulary, "flags of a vocabulary"));
-    for (int side = 0; side < 2; side++) SIDA_TRY(check_side(trace, side, seen, occurs));
-    SIDA_TRY(check_sequences(trace));
-    if (sida_trace_kind(trace) == SIDA_H5_PART) goto out; /* parts have no embedding */
-    SIDA_TRY(sida_trace_read_embedding(trace, &count, &ids, &embedding));
-    for (int32_t i = 0; i < count; i++) occurs[ids[i]] = 0;
-    for (int32_t id = 0; id < info->vocabulary; id++)
-        if (occurs[id])
-            SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: embedding/ids: id %d occurs, but has no row",
-                      sida_h5_path(trace->file), id);
-out:
-    free(seen);
-    free(occurs);
-    free(ids);
-    free(embedding);
-    return status;
+    char first[SIDA_TRACE_LINE] = "";
+    sida_status status = sida_trace_diagnose_file(trace->file, keep_first, first);
+    return *first ? sida_fail(SIDA_ERROR_FORMAT, "%s", first) : status;
 }

@@ -4,11 +4,30 @@
 #include "formats/base/rng.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+static const char *const label_names[] = {"even", "weight", "best"};
+
+const char *sida_labels_name(sida_labels labels) {
+    return label_names[labels];
+}
+
+bool sida_labels_from_name(sida_labels *out, const char *name) {
+    for (int i = 0; i < 3; i++)
+        if (strcmp(name, label_names[i]) == 0) {
+            *out = (sida_labels)i;
+            return true;
+        }
+    return false;
+}
+
 /* Tokens that are read at a time: bounds the memory for the columns that are not kept. */
 enum { read_tokens = 16384 };
+
+/* How far from 1 factors may sum that are called renormalised: bf16's rounding of a few. */
+static const double renormalised_sum = 0.02;
 
 void sida_dataset_free(sida_dataset *data) {
     for (int side = 0; side < 2; side++) {
@@ -140,6 +159,17 @@ out:
     return status;
 }
 
+static bool is_renormalised(const sida_dataset *data) {
+    int32_t k = data->top_k;
+    for (int side = 0; side < 2; side++)
+        for (int64_t i = 0; i < data->sides[side].tokens * data->layers[side]; i++) {
+            double sum = 0;
+            for (int32_t j = 0; j < k; j++) sum += (double)data->sides[side].alpha[i * k + j];
+            if (fabs(sum - 1) > renormalised_sum) return false;
+        }
+    return k > 1;
+}
+
 sida_status sida_dataset_load(sida_dataset *out, const char *path, int32_t top) {
     *out = (sida_dataset){0};
     sida_status status = SIDA_OK;
@@ -173,6 +203,7 @@ sida_status sida_dataset_load(sida_dataset *out, const char *path, int32_t top) 
         out->layers[side] = info->layers[side];
         SIDA_TRY(read_side(out, trace, side, out->top));
     }
+    out->renormalised = is_renormalised(out);
     SIDA_TRY(read_embedding(out, trace));
 out:
     sida_trace_close(trace);
@@ -204,6 +235,36 @@ sida_status sida_dataset_check_pair(const sida_dataset *a, const sida_dataset *b
     return SIDA_OK;
 }
 
+/* One pair's; factors that are all 0 say nothing: even shares then. */
+static void weigh(float *weights, const float *alpha, int32_t k, sida_labels labels) {
+    float sum = 0;
+    for (int32_t j = 0; j < k; j++) sum += alpha[j];
+    for (int32_t j = 0; j < k; j++)
+        if (labels == SIDA_LABELS_BEST)
+            weights[j] = j == 0 ? 1 : 0;
+        else
+            weights[j] = labels == SIDA_LABELS_WEIGHT && sum > 0 ? alpha[j] / sum : 1 / (float)k;
+}
+
+static sida_status fill_labels(sida_minibatch_side *to, const sida_dataset *data, int side,
+                               const int32_t *order) {
+    sida_status status = SIDA_OK;
+    const sida_dataset_side *from = &data->sides[side];
+    int64_t k = data->top_k, row = k * data->layers[side];
+    size_t items = (size_t)(sida_ragged_tokens(&to->tokens) * row) + 1;
+    SIDA_TRY(SIDA_GROW(&to->labels, &to->label_items, items, "a batch"));
+    SIDA_TRY(SIDA_GROW(&to->label_weights, &to->weight_items, items, "a batch"));
+    for (int32_t i = 0; i < to->tokens.sequences; i++) {
+        int64_t at = to->offsets[i] * row, source = from->offsets[order[i]] * row;
+        int64_t length = to->offsets[i + 1] * row - at;
+        memcpy(to->labels + at, from->experts + source, (size_t)length * sizeof *to->labels);
+        for (int64_t c = 0; c < length; c += k)
+            weigh(to->label_weights + at + c, from->alpha + source + c, data->top_k, data->labels);
+    }
+out:
+    return status;
+}
+
 sida_status sida_minibatch_fill(sida_minibatch *out, const sida_dataset *data, const int32_t *order,
                                 int32_t count) {
     sida_status status = SIDA_OK;
@@ -231,6 +292,7 @@ sida_status sida_minibatch_fill(sida_minibatch *out, const sida_dataset *data, c
                    length * row * sizeof *to->top_logp);
         }
         to->tokens = (sida_ragged){count, to->offsets, to->ids};
+        if (from->experts) SIDA_TRY(fill_labels(to, data, side, order));
     }
 out:
     return status;
@@ -242,6 +304,8 @@ void sida_minibatch_free(sida_minibatch *batch) {
         free(batch->sides[side].ids);
         free(batch->sides[side].top_ids);
         free(batch->sides[side].top_logp);
+        free(batch->sides[side].labels);
+        free(batch->sides[side].label_weights);
     }
     *batch = (sida_minibatch){0};
 }

@@ -6,7 +6,17 @@
 #include "formats/trace.h"
 #include "runtime/ops/linear.h"
 
+#include <stdbool.h>
 #include <stdint.h>
+
+/* What the cross-entropy is against, where a model chooses top_k experts. */
+typedef enum sida_labels {
+    SIDA_LABELS_EVEN,   /* each of the chosen, 1 / top_k */
+    SIDA_LABELS_WEIGHT, /* each by its share of the applied factors */
+    SIDA_LABELS_BEST    /* the first alone */
+} sida_labels;
+const char *sida_labels_name(sida_labels labels); /* "even", "weight", "best" */
+bool sida_labels_from_name(sida_labels *out, const char *name);
 
 typedef struct sida_dataset_side {
     int64_t tokens;     /* n */
@@ -24,6 +34,10 @@ typedef struct sida_dataset {
     sida_fingerprint file, model, tokenizer; /* file: of its bytes */
     int32_t experts, top_k, top, d_model, vocabulary, sequences;
     int32_t layers[2];
+    /* Factors of a token are divided by their sum over its top_k experts: those that the model
+     * applied say it, summing to 1 everywhere. False with one expert. */
+    bool renormalised;
+    sida_labels labels; /* of its batches: the caller's choice */
     sida_dataset_side sides[2];
     float *embedding; /* [vocabulary, d_model]; rows of ids that do not occur are zero */
 } sida_dataset;
@@ -44,7 +58,9 @@ typedef struct sida_minibatch_side {
     int64_t *offsets;
     int32_t *ids;
     uint16_t *top_ids, *top_logp;
-    size_t offset_items, id_items, top_items, logp_items;
+    uint16_t *labels;     /* [n, layers, top_k] chosen experts */
+    float *label_weights; /* [n, layers, top_k] >= 0, of sum 1 */
+    size_t offset_items, id_items, top_items, logp_items, label_items, weight_items;
 } sida_minibatch_side;
 typedef struct sida_minibatch {
     sida_minibatch_side sides[2];

@@ -16,11 +16,19 @@ typedef struct sida_scores {
     double hit[3];        /* hit@1, hit@3, hit@5: the router's best is among the k predicted */
     double set_recall;    /* used experts that were predicted, mean over sets */
     double set_precision; /* predicted experts that were used, mean over sets */
-    double alpha_error;   /* mean |α predicted - α applied| of the router's best, points */
+    /* The recall where a source loads as many experts as the sequence used in that layer, its most
+     * probable ones over all tokens: the same number for every source that is compared. */
+    double set_recall_equal;
+    /* Of the k experts that the model chose a token; at [1] among 2 k predicted. */
+    double slot_recall[2];   /* chosen ones that were predicted */
+    double exact_set;        /* pairs whose k predicted are the chosen ones, in any order */
+    double weight_recall[2]; /* of all factors applied, those of experts that were predicted */
+    double alpha_error;      /* mean |α predicted - α applied| of the router's best, points */
 } sida_scores;
 
 typedef struct sida_evaluation {
-    int32_t set_k; /* experts predicted a token, in the sets */
+    int32_t chosen; /* k of the model */
+    int32_t set_k;  /* experts predicted a token, in the sets */
     int32_t layers[2];
     sida_scores overall, sides[2];
     sida_scores *per_layer; /* [layers[0] + layers[1]] */
@@ -36,8 +44,5 @@ sida_status sida_evaluate(
 /* {"overall": {...}, "encoder": {...}, "decoder": {...}, "layers": [...]}; a side without layers is
  * left out. */
 json_t *sida_evaluation_to_json(const sida_evaluation *evaluation);
-
-/* The token-id table fitted on a trace. */
-sida_status sida_baseline_table(sida_hash_source **out, const sida_dataset *data);
 
 #endif

@@ -82,14 +82,23 @@ static double loss_l1(float *d, const float *z, const uint16_t *ids, const uint1
     return loss / top;
 }
 
-static double loss_pair(float *d, const float *z, const uint16_t *ids, const uint16_t *logp,
-                        const sida_loss_call *q, const scratch *s) {
+static double loss_pair(int64_t i, const sida_loss_call *q, const scratch *s) {
+    static const float one = 1;
+    float *d = q->d_logits + i * q->experts;
+    const float *z = q->logits + i * q->experts;
+    const uint16_t *ids = q->top_ids + i * q->top, *logp = q->top_logp + i * q->top;
+    int32_t count = q->labels ? q->label_count : 1;
+    const uint16_t *labels = q->labels ? q->labels + i * count : ids;
+    const float *weights = q->labels ? q->label_weights + i * count : &one;
     float largest, log_sum = softmax_all(s->student, z, q->experts, &largest);
     double loss = q->tkd == SIDA_TKD_REST ? loss_rest(d, z, ids, logp, q, s, log_sum, largest)
                                           : loss_l1(d, z, ids, logp, q, s);
-    loss -= (double)q->lambda * (double)(z[ids[0]] - largest - log_sum);
     for (int32_t e = 0; e < q->experts; e++) d[e] += q->lambda * s->student[e];
-    d[ids[0]] -= q->lambda;
+    for (int32_t j = 0; j < count; j++) {
+        float lambda = q->lambda * weights[j];
+        loss -= (double)lambda * (double)(z[labels[j]] - largest - log_sum);
+        d[labels[j]] -= lambda;
+    }
     for (int32_t e = 0; e < q->experts; e++) d[e] *= q->scale;
     return loss;
 }
@@ -108,10 +117,7 @@ sida_status sida_loss(double *sum, const sida_loss_call *call) {
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < call->pairs; i++)
-            if (good)
-                call->losses[i] = loss_pair(
-                    call->d_logits + i * call->experts, call->logits + i * call->experts,
-                    call->top_ids + i * call->top, call->top_logp + i * call->top, call, &s);
+            if (good) call->losses[i] = loss_pair(i, call, &s);
         free(s.teacher);
         free(s.student);
         free(s.inside);

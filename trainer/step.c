@@ -80,7 +80,8 @@ sida_net *sida_step_get_gradient(sida_step *step) {
     return step->shards[0].gradient;
 }
 
-static sida_status add_loss(const sida_step *step, shard *s, int side, int32_t top, float scale) {
+static sida_status add_loss(const sida_step *step, shard *s, int side, int32_t top,
+                            int32_t label_count, float scale) {
     sida_status status = SIDA_OK;
     const sida_net_config *c = &step->net->config;
     const sida_minibatch_side *batch = &s->batch.sides[side];
@@ -94,6 +95,9 @@ static sida_status add_loss(const sida_step *step, shard *s, int side, int32_t t
                                                .logits = s->pass->sides[side].logits,
                                                .top_ids = batch->top_ids,
                                                .top_logp = batch->top_logp,
+                                               .labels = batch->labels,
+                                               .label_weights = batch->label_weights,
+                                               .label_count = label_count,
                                                .pairs = pairs,
                                                .experts = c->experts,
                                                .top = top,
@@ -116,7 +120,7 @@ static sida_status run_shard(const sida_step *step, shard *s, const sida_dataset
     SIDA_TRY(sida_net_encode(s->pass, embedding, &s->batch.sides[0].tokens));
     if (c->layers[1] > 0) SIDA_TRY(sida_net_decode(s->pass, embedding, &s->batch.sides[1].tokens));
     for (int side = 0; side < 2; side++)
-        if (c->layers[side] > 0) SIDA_TRY(add_loss(step, s, side, data->top, scale));
+        if (c->layers[side] > 0) SIDA_TRY(add_loss(step, s, side, data->top, data->top_k, scale));
     if (!isfinite(s->sum)) SIDA_TRY(sida_learner_bad_loss(data));
     SIDA_TRY(sida_gradient_add(s->gradient, &s->workspace, s->pass,
                                (const float *const[2]){c->layers[0] > 0 ? s->d_logits[0] : NULL,

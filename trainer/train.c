@@ -6,6 +6,7 @@
 #include "formats/base/memory.h"
 #include "runtime/predictor/sources.h"
 #include "trainer/checkpoint.h"
+#include "trainer/fit.h"
 #include "trainer/learner.h"
 
 #include <errno.h>
@@ -72,6 +73,7 @@ static json_t *config_json(const training *t, const sida_net_config *net) {
     json_object_set_new(settings, "clip", json_real(o->clip));
     json_object_set_new(settings, "tkd", json_string(sida_tkd_name(o->tkd)));
     json_object_set_new(settings, "lambda", json_real(o->lambda));
+    json_object_set_new(settings, "labels", json_string(sida_labels_name(o->labels)));
     json_object_set_new(settings, "top", json_integer(t->train.top));
     json_object_set_new(settings, "seed", json_integer(o->seed));
     json_object_set_new(settings, "optimizer", json_string("adamw"));
@@ -119,6 +121,7 @@ static sida_status prepare(training *t) {
     SIDA_TRY(sida_file_check_writable(o->output));
     SIDA_TRY(sida_file_check_writable(t->checkpoint));
     SIDA_TRY(sida_dataset_load(&t->train, o->trace, o->top));
+    t->train.labels = o->labels;
     SIDA_TRY(sida_dataset_load(&t->valid, o->valid, -1));
     SIDA_TRY(sida_dataset_check_pair(&t->train, &t->valid));
     const sida_net_config config = {
@@ -215,9 +218,9 @@ static sida_status end_epoch(training *t, double begin) {
     s->batch = 0;
     s->loss_sum = 0;
     s->loss_pairs = 0;
-    if (s->best_epoch == 0 || all->hit[0] > s->best_hit) {
+    if (s->best_epoch == 0 || all->slot_recall[0] > s->best_hit) {
         s->best_epoch = s->epoch;
-        s->best_hit = all->hit[0];
+        s->best_hit = all->slot_recall[0];
         memcpy(s->best, s->net->parameters, (size_t)s->net->parameter_count * sizeof *s->best);
     }
     t->saved = false;
@@ -322,6 +325,7 @@ out:
 
 sida_status sida_train(const sida_train_options *options, json_t **summary) {
     if (summary) *summary = NULL;
+    if (options->source && strcmp(options->source, "lstm") != 0) return sida_fit(options, summary);
     sida_status status = SIDA_OK;
     training t = {.options = options};
     SIDA_TRY(prepare(&t));

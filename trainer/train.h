@@ -2,6 +2,7 @@
 #ifndef SIDA_TRAINER_TRAIN_H
 #define SIDA_TRAINER_TRAIN_H
 
+#include "runtime/predictor/sources.h"
 #include "trainer/evaluate.h"
 #include "trainer/loss.h"
 
@@ -25,6 +26,8 @@ typedef struct sida_train_epoch {
 typedef struct sida_train_options {
     const char *trace, *valid, *output;
     const char *device; /* cpu, cuda, or auto (NULL too): cuda where a GPU and cuDNN are present */
+    const char *source; /* "lstm" (NULL too), or one of fit.h, which has no use for most of these */
+    sida_layer_hash hash;  /* of the source "layer-hash" */
     int32_t epochs, batch; /* batch: sequences */
     int32_t device_batch;  /* sequences of a batch that a GPU computes at a time; 0: all */
     bool fp32;             /* a GPU's products round no factor to TF32 */
@@ -34,6 +37,7 @@ typedef struct sida_train_options {
     double lr, lambda, weight_decay;
     double clip; /* largest gradient norm; 0: no limit */
     sida_tkd tkd;
+    sida_labels labels; /* of the cross-entropy, where the model chooses more than one expert */
     sida_schedule schedule;
     int64_t seed;             /* >= 0 */
     int64_t checkpoint_every; /* steps; 0: an epoch */
@@ -54,8 +58,9 @@ sida_train_options sida_train_defaults(void);
  * at the end; with `resume` a checkpoint is continued to the same bytes, MISMATCH when it is of
  * other traces, options or device (CPU or CUDA), and without one the training starts from the
  * beginning. BUDGET where the device's memory ran out; a checkpoint is left if a step was done. The
- * weights kept are those of the epoch with the best validation hit@1. *summary: JSON of what was
- * done, may be NULL. */
+ * weights kept are those of the epoch with the best validation slot
+ * recall, which is hit@1 where the model chooses one expert. *summary: JSON of what was done, may
+ * be NULL. */
 sida_status sida_train(const sida_train_options *options, json_t **summary);
 
 #endif

@@ -37,33 +37,55 @@ out:
     return status;
 }
 
-sida_status sida_hash_source_open(sida_hash_source **out, const char *path, sida_weight embedding,
+static sida_status open_predictor(sida_hash_source **out, const char *path, sida_weight embedding,
                                   sida_fingerprint model) {
-    *out = NULL;
     sida_status status = SIDA_OK;
     sida_h5_file *file = NULL;
     sida_predictor_meta meta = {0};
-    sida_hash_source *source = NULL;
+    sida_table_order order;
     SIDA_TRY(sida_predictor_file_open(&file, &meta, path));
     if (sida_h5_file_kind(file) != SIDA_H5_PREDICTOR)
         SIDA_FAIL(SIDA_ERROR_FORMAT,
                   "%s: a checkpoint of an unfinished training, not a predictor; finish it with "
                   "sida train --resume",
                   path);
-    if (!sida_fingerprint_equal(meta.model, model)) {
-        char theirs[SIDA_FINGERPRINT_TEXT], ours[SIDA_FINGERPRINT_TEXT];
-        sida_fingerprint_format(theirs, meta.model);
-        sida_fingerprint_format(ours, model);
-        SIDA_FAIL(SIDA_ERROR_MISMATCH, "%s: a predictor of model %s, not of this model, %s", path,
-                  theirs, ours);
-    }
-    if (strcmp(meta.source, "lstm") != 0)
+    SIDA_TRY(sida_source_check_model(path, meta.model, model));
+    if (strcmp(meta.source, "lstm") == 0)
+        SIDA_TRY(sida_lstm_source_read(out, file, &meta, embedding));
+    else if (sida_table_order_from_name(&order, meta.source))
+        SIDA_TRY(sida_table_source_read(out, file, &meta, embedding));
+    else if (strcmp(meta.source, "layer-hash") == 0)
+        SIDA_TRY(sida_layer_hash_source_read(out, file, &meta, embedding));
+    else
         SIDA_FAIL(SIDA_ERROR_UNSUPPORTED, "%s: unknown hash source '%.40s'", path, meta.source);
-    SIDA_TRY(sida_lstm_source_read(&source, file, &meta, embedding));
-    *out = source;
 out:
     sida_predictor_meta_free(&meta);
     sida_h5_close(file);
+    return status;
+}
+
+/* What kind of file it is; a foreign one can only be a trace. */
+static sida_status find_kind(sida_h5_kind *out, const char *path) {
+    sida_h5_file *file;
+    unsigned all = 1u << SIDA_H5_TRACE | 1u << SIDA_H5_PART | 1u << SIDA_H5_PREDICTOR |
+                   1u << SIDA_H5_CHECKPOINT;
+    sida_status status = sida_h5_open(&file, path, all, true);
+    if (status != SIDA_OK) return status;
+    *out = sida_h5_file_kind(file);
+    sida_h5_close(file);
+    return SIDA_OK;
+}
+
+sida_status sida_hash_source_open(sida_hash_source **out, const char *path, sida_weight embedding,
+                                  sida_fingerprint model) {
+    *out = NULL;
+    sida_status status = SIDA_OK;
+    sida_h5_kind kind;
+    SIDA_TRY(find_kind(&kind, path));
+    bool learnt = kind == SIDA_H5_PREDICTOR || kind == SIDA_H5_CHECKPOINT;
+    SIDA_TRY(learnt ? open_predictor(out, path, embedding, model)
+                    : sida_oracle_source_open(out, path, embedding, model));
+out:
     return status;
 }
 

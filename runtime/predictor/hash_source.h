@@ -26,7 +26,7 @@ typedef struct sida_hash_source sida_hash_source;
 typedef struct sida_hash_state sida_hash_state; /* of one batch: encoder trunk, decoder state */
 
 typedef struct sida_hash_source_info {
-    const char *name; /* "lstm", "table" ... */
+    const char *name; /* "lstm", "table", "oracle" ... */
     sida_fingerprint model, tokenizer;
     int32_t d_model, experts, layers[2];
     size_t bytes;        /* of its parameters */
@@ -63,7 +63,8 @@ struct sida_hash_source {
     sida_hash_source_info info;
 };
 
-/* Opens P.h5. `embedding` is the model's input embedding in host-readable memory, borrowed.
+/* Opens P.h5, of any source, or a trace, which is an oracle (sources.h says what each does).
+ * `embedding` is the model's input embedding in host-readable memory, borrowed.
  * MISMATCH (both fingerprints named) when the predictor was trained for another model. */
 sida_status sida_hash_source_open(sida_hash_source **out, const char *path, sida_weight embedding,
                                   sida_fingerprint model);

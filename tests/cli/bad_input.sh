@@ -146,7 +146,8 @@ refuses 'a predictor for a trace' 1 'p.h5: ' "$sida" train --trace "$work/p.h5" 
 refuses 'no trace' 1 'none.h5: No such file' "$sida" train --trace "$work/none.h5" --valid "$work/good.h5" --output "$out"
 refuses 'a larger T than the trace has' 1 'good.h5.*top|top.*good.h5|--top' "$sida" train --trace "$work/good.h5" --valid "$work/good.h5" --top 5000 --output "$out"
 refuses 'full disk while training' 1 'out.h5.*(large|space|write)' sh -c "ulimit -f 16; exec $sida train --trace $work/good.h5 --valid $work/good.h5 --epochs 1 --output $out"
-refuses 'a trace for a predictor' 1 'good.h5: ' "$sida" eval --trace "$work/good.h5" --predictor "$work/good.h5"
+head -c 30000 /bin/sh >"$work/bad.h5"
+refuses 'a program for a predictor' 1 'bad.h5: ' "$sida" eval --trace "$work/good.h5" --predictor "$work/bad.h5"
 model_copy; own config.json; sed 's/"dropout_rate": *[0-9.]*/"dropout_rate": 0.2/' "$sample/config.json" >"$model/config.json"
 refuses 'predictor of another model' 1 'p.h5: .*[0-9a-f]{32}.*[0-9a-f]{32}' "$sida" run --model "$model" --predictor "$work/p.h5" --format sst2 --input "$reviews" --limit 2 --budget 20%
 size=$(wc -c <"$work/p.h5")

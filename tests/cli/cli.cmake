@@ -1,6 +1,7 @@
-# sida_cli_test(NAME [TIMEOUT seconds]): NAME.sh with the program as its argument.
+# sida_cli_test(NAME [ARGUMENT...]): NAME.sh with the program and these as its arguments.
 function(sida_cli_test name)
   add_test(NAME cli_${name} COMMAND sh ${CMAKE_CURRENT_LIST_DIR}/${name}.sh $<TARGET_FILE:sida_cli>
+    ${ARGN}
     WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
   set_tests_properties(cli_${name} PROPERTIES LABELS cli TIMEOUT 600 SKIP_RETURN_CODE 77)
 endfunction()
@@ -10,3 +11,7 @@ sida_cli_test(bench)
 sida_cli_test(bench_report)
 sida_cli_test(bench_train_report)
 sida_cli_test(device)
+sida_cli_test(sources)
+add_executable(h5edit ${CMAKE_CURRENT_LIST_DIR}/h5edit.c)
+target_link_libraries(h5edit PRIVATE sida_hdf5)
+sida_cli_test(foreign $<TARGET_FILE:h5edit>)

@@ -343,8 +343,10 @@ static void attention_cross(void **state) {
 /* --- loss */
 enum { LOSS_E = 7, LOSS_PAIRS = 3 };
 typedef struct loss_case {
-    int top;
+    int top, label_count; /* 0 labels: the first of the top */
     sida_tkd tkd;
+    uint16_t labels[LOSS_PAIRS * LOSS_E];
+    float label_weights[LOSS_PAIRS * LOSS_E];
     double z[LOSS_PAIRS * LOSS_E], lambda, scale, logp[LOSS_PAIRS * LOSS_E];
     uint16_t ids[LOSS_PAIRS * LOSS_E];
 } loss_case;
@@ -373,17 +375,28 @@ static double loss_objective(void *context) {
             for (int j = 0; j < c->top; j++)
                 loss += fabs(exp(z[ids[j]]) / inside - exp(logp[j]) / teacher) / c->top;
         }
-        total += loss - c->lambda * (z[ids[0]] - log(sum));
+        if (c->label_count == 0) loss -= c->lambda * (z[ids[0]] - log(sum));
+        for (int j = 0; j < c->label_count; j++) {
+            int at = i * c->label_count + j;
+            loss -= c->lambda * (double)c->label_weights[at] * (z[c->labels[at]] - log(sum));
+        }
+        total += loss;
     }
     return total * c->scale;
 }
 
-static void check_loss(sida_tkd tkd, int top, double shift) {
+static void check_loss(sida_tkd tkd, int top, double shift, int labels) {
     static loss_case c;
     static float z[LOSS_PAIRS * LOSS_E], d[LOSS_PAIRS * LOSS_E];
     static uint16_t logp[LOSS_PAIRS * LOSS_E];
     double losses[LOSS_PAIRS], sum, teacher[LOSS_PAIRS * LOSS_E];
-    c = (loss_case){.top = top, .tkd = tkd, .lambda = 0.4, .scale = 0.5};
+    c = (loss_case){.top = top, .label_count = labels, .tkd = tkd, .lambda = 0.4, .scale = 0.5};
+    for (int i = 0; i < LOSS_PAIRS; i++)
+        for (int j = 0; j < labels; j++) {
+            c.labels[i * labels + j] = (uint16_t)((5 * j + i) % LOSS_E);
+            c.label_weights[i * labels + j] =
+                2 * (float)(labels - j) / (float)(labels * (labels + 1));
+        }
     fill(c.z, LOSS_PAIRS * LOSS_E, 1.5, 31);
     fill(teacher, LOSS_PAIRS * LOSS_E, 1.5, 32);
     narrow(z, c.z, LOSS_PAIRS * LOSS_E);
@@ -409,6 +422,9 @@ static void check_loss(sida_tkd tkd, int top, double shift) {
                                                        .logits = z,
                                                        .top_ids = c.ids,
                                                        .top_logp = logp,
+                                                       .labels = labels > 0 ? c.labels : NULL,
+                                                       .label_weights = c.label_weights,
+                                                       .label_count = labels,
                                                        .pairs = LOSS_PAIRS,
                                                        .experts = LOSS_E,
                                                        .top = top,
@@ -422,12 +438,13 @@ static void check_loss(sida_tkd tkd, int top, double shift) {
 
 static void loss_backward(void **state) {
     (void)state;
-    check_loss(SIDA_TKD_REST, 3, 0);
-    check_loss(SIDA_TKD_REST, 6, 0.2);
-    check_loss(SIDA_TKD_REST, LOSS_E, 0);
-    check_loss(SIDA_TKD_REST, 1, 0);
-    check_loss(SIDA_TKD_L1_RENORM, 4, 0);
-    check_loss(SIDA_TKD_L1_RENORM, LOSS_E, 0);
+    check_loss(SIDA_TKD_REST, 3, 0, 0);
+    check_loss(SIDA_TKD_REST, 6, 0.2, 0);
+    check_loss(SIDA_TKD_REST, LOSS_E, 0, 1);
+    check_loss(SIDA_TKD_REST, 1, 0, 0);
+    check_loss(SIDA_TKD_REST, 4, 0, 3);
+    check_loss(SIDA_TKD_L1_RENORM, 4, 0, 0);
+    check_loss(SIDA_TKD_L1_RENORM, LOSS_E, 0, 2);
 }
 
 /* Far apart logits: nothing overflows, and the loss is what the largest terms say. */

@@ -78,6 +78,64 @@ static void test_parse(void **state) {
     sida_safetensors_destroy(NULL);
 }
 
+/* What is written is read back; the bytes are those of the format's own writer. */
+static void test_write(void **state) {
+    (void)state;
+    static const float a[2] = {1, -2.5f};
+    static const uint16_t b[6] = {1, 2, 3, 4, 5, 6};
+    const sida_tensor_view tensors[3] = {
+        {.name = "z", .dtype = SIDA_F32, .rank = 1, .shape = {2}, .data = a, .bytes = sizeof a},
+        {.name = "none", .dtype = SIDA_F16, .rank = 2, .shape = {0, 4}, .data = a},
+        {.name = "a \"b\"",
+         .dtype = SIDA_BF16,
+         .rank = 2,
+         .shape = {3, 2},
+         .data = b,
+         .bytes = 12}};
+    const char *path = support_path("w.safetensors");
+    json_t *metadata = json_pack("{s:s, s:s}", "format", "pt", "n", "x y");
+    size_t bytes;
+    assert_ok(sida_safetensors_write(path, tensors, 3, metadata));
+    uint8_t *data = support_read(path, &bytes);
+    static const char header[] =
+        "{\"__metadata__\":{\"format\":\"pt\",\"n\":\"x y\"},"
+        "\"z\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},"
+        "\"none\":{\"dtype\":\"F16\",\"shape\":[0,4],\"data_offsets\":[8,8]},"
+        "\"a \\\"b\\\"\":{\"dtype\":\"BF16\",\"shape\":[3,2],\"data_offsets\":[8,20]}}";
+    size_t padded = (strlen(header) + 7) / 8 * 8;
+    assert_int_equal(data[0] | data[1] << 8, padded);
+    assert_memory_equal(data + 8, header, strlen(header));
+    for (size_t i = strlen(header); i < padded; i++) assert_int_equal(data[8 + i], ' ');
+    assert_int_equal(bytes, 8 + padded + 20);
+    assert_memory_equal(data + 8 + padded, a, sizeof a);
+    assert_memory_equal(data + 8 + padded + sizeof a, b, sizeof b);
+    sida_safetensors *file;
+    assert_ok(sida_safetensors_parse(&file, data, bytes, path));
+    assert_int_equal(sida_safetensors_count(file), 3);
+    assert_string_equal(json_string_value(json_object_get(sida_safetensors_metadata(file), "n")),
+                        "x y");
+    sida_safetensors_destroy(file);
+    free(data);
+
+    assert_ok(sida_safetensors_write(path, NULL, 0, NULL));
+    data = support_read(path, &bytes);
+    assert_ok(sida_safetensors_parse(&file, data, bytes, path));
+    assert_null(sida_safetensors_metadata(file));
+    sida_safetensors_destroy(file);
+    free(data);
+    /* Refusals leave the file that is there. */
+    const sida_tensor_view twice[2] = {tensors[0], tensors[0]};
+    assert_fails(sida_safetensors_write(path, twice, 2, NULL), SIDA_ERROR_ARGUMENT, "z twice");
+    json_object_set_new(metadata, "number", json_integer(3));
+    assert_fails(sida_safetensors_write(path, tensors, 3, metadata), SIDA_ERROR_ARGUMENT, "number");
+    assert_fails(sida_safetensors_write("/nonexistent/w", tensors, 3, NULL), SIDA_ERROR_IO,
+                 "/nonexistent");
+    data = support_read(path, &bytes);
+    assert_int_equal(bytes, 16);
+    free(data);
+    json_decref(metadata);
+}
+
 static void test_hostile(void **state) {
     (void)state;
     static const struct {
@@ -255,9 +313,8 @@ static void test_checkpoint(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_halves),
-        cmocka_unit_test(test_parse),
-        cmocka_unit_test(test_hostile),
+        cmocka_unit_test(test_halves),     cmocka_unit_test(test_parse),
+        cmocka_unit_test(test_write),      cmocka_unit_test(test_hostile),
         cmocka_unit_test(test_checkpoint),
     };
     return cmocka_run_group_tests(tests, support_setup, support_teardown);

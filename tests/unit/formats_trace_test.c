@@ -57,7 +57,7 @@ static side_rows make_side(sida_rng *rng, int64_t n, int layers, int k) {
         uint32_t first = sida_rng_below(rng, EXPERTS);
         for (int i = 0; i < TOP; i++) {
             side.rows.top_ids[cell * TOP + i] = (uint16_t)((first + 7 * (uint32_t)i) % EXPERTS);
-            side.rows.top_logp[cell * TOP + i] = sida_f16_from_f32(-0.5f - 0.1f * (float)i);
+            side.rows.top_logp[cell * TOP + i] = sida_f16_from_f32(-3.0f - 0.1f * (float)i);
         }
         for (int i = 0; i < k; i++) {
             side.rows.experts[cell * k + i] = side.rows.top_ids[cell * TOP + i];

@@ -327,8 +327,8 @@ static void files(void **state) {
                    "00000000000000010000000000000002");
     expect_refusal((sida_fingerprint){7, 8}, SIDA_ERROR_MISMATCH,
                    "00000000000000070000000000000008");
-    write_predictor(net, &config, "oracle");
-    expect_refusal(model, SIDA_ERROR_UNSUPPORTED, "oracle");
+    write_predictor(net, &config, "dice");
+    expect_refusal(model, SIDA_ERROR_UNSUPPORTED, "dice");
     write_predictor(net, NULL, "lstm");
     expect_refusal(model, SIDA_ERROR_FORMAT, "net.d_model");
     sida_net_config wrong = config;
@@ -386,38 +386,6 @@ static void not_finite(void **state) {
     sida_net_destroy(net);
 }
 
-static void token_table(void **state) {
-    (void)state;
-    const int32_t ids[3] = {4, 7, 9};
-    const sida_table_shape shape = {4, VOCABULARY, WIDTH, {1, 1}};
-    sida_hash_source *source;
-    sida_hash_state *own;
-    sida_hash_table table = {0};
-    assert_int_equal(sida_table_source_create(&source, &shape, ids, 3, model, tokenizer), SIDA_OK);
-    const int32_t tokens[6] = {4, 4, 4, 7, 7, 8}; /* 8 has no row: not counted */
-    const uint16_t chosen[6] = {2, 2, 1, 3, 0, 0};
-    sida_table_source_add(source, 0, tokens, chosen, 1, 6);
-    sida_table_source_finish(source);
-    assert_int_equal(sida_hash_state_create(source, &own), SIDA_OK);
-    const int64_t offsets[2] = {0, 4};
-    const int32_t asked[4] = {4, 7, 9, 49};
-    assert_int_equal(sida_hash_encode(source, own, &(sida_ragged){1, offsets, asked}, 4, &table),
-                     SIDA_OK);
-    /* popularity 1/5, 1/5, 2/5, 1/5 */
-    static const uint16_t expected[16] = {2, 1, 0, 3, 0, 3, 2, 1, 2, 0, 1, 3, 2, 0, 1, 3};
-    assert_memory_equal(table.experts, expected, sizeof expected);
-    assert_true(fabsf(table.alpha[0] - 2.004f / 3.01f) < 1e-6f);
-    assert_true(fabsf(table.alpha[12] - 0.4f) < 1e-6f);
-    /* Nothing was counted on the other side: all equally likely. */
-    assert_int_equal(sida_hash_decode(source, own, &(sida_ragged){1, offsets, asked}, 1, &table),
-                     SIDA_OK);
-    assert_int_equal(table.experts[0], 0);
-    assert_true(fabsf(table.alpha[0] - 0.25f) < 1e-6f);
-    sida_hash_table_free(&table);
-    sida_hash_state_destroy(source, own);
-    sida_hash_source_destroy(source);
-}
-
 static void sizes(void **state) {
     (void)state;
     assert_int_equal(sida_net_default_hidden(768), 256);
@@ -448,7 +416,6 @@ int main(void) {
                                        cmocka_unit_test(training_pass_agrees),
                                        cmocka_unit_test(files),
                                        cmocka_unit_test(not_finite),
-                                       cmocka_unit_test(token_table),
                                        cmocka_unit_test(sizes)};
     return cmocka_run_group_tests(tests, setup, NULL);
 }

@@ -3,3 +3,4 @@ sida_test(trainer_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/trainer_test.c DEPENDS 
 sida_test(learner_test
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/learner_test.c ../train_ops_host.c
   DEPENDS sida_trainer LABELS unit threads)
+sida_test(topk_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/topk_test.c DEPENDS sida_trainer LABELS unit)

@@ -221,15 +221,17 @@ static void evaluation(void **state) {
                                                .experts = truth[side],
                                                .alpha = alpha[side],
                                                .dropped = dropped[side]};
-    const int32_t known[3] = {0, 1, 2};
-    const sida_table_shape shape = {4, 3, 1, {1, 1}};
+    static const int32_t tokens[3] = {0, 1, 2};
+    static const int64_t one[2] = {0, 3};
+    static const uint16_t chosen[3] = {0, 1, 2};
+    const sida_ragged seen = {1, one, tokens};
     sida_hash_source *source;
-    assert_int_equal(
-        sida_table_source_create(&source, &shape, known, 3, data.model, data.tokenizer), SIDA_OK);
-    const int32_t tokens[3] = {0, 1, 2};
-    const uint16_t chosen[3] = {0, 1, 2};
-    for (int side = 0; side < 2; side++) sida_table_source_add(source, side, tokens, chosen, 1, 3);
-    sida_table_source_finish(source);
+    assert_int_equal(sida_table_source_create(&source, SIDA_TABLE_TOKEN,
+                                              &(sida_routed){.shape = {4, 3, 1, {1, 1}},
+                                                             .top_k = 1,
+                                                             .tokens = {seen, seen},
+                                                             .experts = {chosen, chosen}}),
+                     SIDA_OK);
     sida_evaluation e;
     assert_int_equal(sida_evaluate(&e, source, &data, 1, NULL, NULL), SIDA_OK);
     /* Encoder: guesses 0 1 0 2 2, truth 0 3 0 2 1: three of five. Rank of 3 for id 1 is 4th (order
@@ -243,8 +245,11 @@ static void evaluation(void **state) {
      * predicted {2}: 0, 0. */
     assert_true(fabs(e.sides[0].set_recall - 25) < 1e-9);
     assert_true(fabs(e.sides[0].set_precision - 25) < 1e-9);
+    /* Two loaded for {0, 3}: 0 and 1, the first ranks. One for {1}: 2. */
+    assert_true(fabs(e.sides[0].set_recall_equal - 25) < 1e-9);
     /* Decoder: guesses 0, 1, truth 3, 1. */
     assert_true(fabs(e.sides[1].hit[0] - 50) < 1e-9);
+    assert_true(fabs(e.sides[1].set_recall_equal - 50) < 1e-9);
     assert_true(fabs(e.overall.hit[0] - 100 * 4.0 / 7) < 1e-9);
     assert_true(fabs(e.overall.set_recall - 100 * 1.5 / 4) < 1e-9);
     /* α: a seen id gives its expert (1 + 0.01/3) / 1.01, another seen expert 0.01/3/1.01, the

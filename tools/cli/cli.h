@@ -16,7 +16,7 @@ enum { SIDA_EXIT_OK = 0, SIDA_EXIT_FAILURE = 1, SIDA_EXIT_USAGE = 2 };
 /* argv[0] is the subcommand's name, as "sida trace". */
 typedef int sida_command_fn(int argc, char **argv);
 sida_command_fn sida_cmd_tokenize, sida_cmd_generate, sida_cmd_trace, sida_cmd_train, sida_cmd_eval,
-    sida_cmd_run, sida_cmd_bench, sida_cmd_inspect, sida_cmd_doctor;
+    sida_cmd_export, sida_cmd_run, sida_cmd_bench, sida_cmd_inspect, sida_cmd_doctor;
 
 /* Prints "sida: MESSAGE" (the thread's last message) and returns SIDA_EXIT_FAILURE; prints nothing
  * and returns SIDA_EXIT_OK for SIDA_OK. */

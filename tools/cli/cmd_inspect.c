@@ -19,7 +19,8 @@ typedef struct options {
 
 static const struct argp_option argp_options[] = {
     {"json", 'j', 0, 0, "print as JSON", 0},
-    {"check", 'c', 0, 0, "read all of a trace and report the first thing that is wrong", 0},
+    {"check", 'c', 0, 0, "read all of a trace and tell all that is wrong with it, a line a problem",
+     0},
     {0}};
 
 static error_t parse(int key, char *text, struct argp_state *state) {
@@ -105,12 +106,48 @@ static json_t *parse_text(const char *text) {
     return value ? value : json_string(text ? text : "");
 }
 
+typedef struct problems {
+    json_t *list; /* NULL: lines go to standard error, but for the last */
+    char last[512];
+    int64_t count;
+} problems;
+
+static void take_problem(void *context, const char *line) {
+    problems *p = context;
+    if (!p->list && p->count > 0) fprintf(stderr, "sida: %s\n", p->last);
+    if (p->list) {
+        json_t *text = json_string(line);
+        json_array_append_new(p->list, text ? text : json_string("(not UTF-8)"));
+    }
+    snprintf(p->last, sizeof p->last, "%s", line);
+    p->count++;
+}
+
+/* The last problem is the message of the status, so that each is one line. */
+static sida_status check_trace(const options *o) {
+    problems found = {.list = o->json ? json_array() : NULL};
+    json_t *object;
+    sida_status status = SIDA_OK;
+    SIDA_TRY(sida_trace_diagnose(o->path, take_problem, &found));
+    if (found.count == 0) goto out;
+    if (!o->json) SIDA_FAIL(SIDA_ERROR_FORMAT, "%s", found.last);
+    object = json_object();
+    json_object_set_new(object, "path", json_string(o->path));
+    json_object_set_new(object, "check", json_string("unsound"));
+    json_object_set(object, "problems", found.list);
+    SIDA_TRY(sida_cli_print_json(object));
+    SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: problems: %" PRId64, o->path, found.count);
+out:
+    json_decref(found.list);
+    return status;
+}
+
 static sida_status describe_trace(json_t *to, const options *o) {
     sida_trace *trace = NULL;
     struct stat file;
     sida_status status = SIDA_OK;
+    if (o->check) SIDA_TRY(check_trace(o));
     SIDA_TRY(sida_trace_open(&trace, o->path));
-    if (o->check) SIDA_TRY(sida_trace_check(trace));
     const sida_trace_info *info = sida_trace_get_info(trace);
     int64_t tokens = info->tokens[0] + info->tokens[1];
     int64_t bytes = stat(o->path, &file) == 0 ? (int64_t)file.st_size : 0;
@@ -238,7 +275,8 @@ int sida_cmd_inspect(int argc, char **argv) {
         parse,
         "FILE",
         "Says what is in a trace, a part of one, a predictor, a training checkpoint or a model "
-        "directory, and how many bytes a token a trace takes.",
+        "directory, and how many bytes a token a trace takes. --check is for traces that other "
+        "software wrote: every problem is a line, and the exit status is 1.",
         NULL,
         NULL,
         NULL};

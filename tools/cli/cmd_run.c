@@ -42,7 +42,10 @@ typedef struct options {
 static const struct argp_option argp_options[] = {
     {0, 0, 0, 0, "What runs", 1},
     {"model", 'm', "DIR", 0, "Hugging Face directory of the model", 1},
-    {"predictor", 'p', "P.h5", 0, "hash function of `sida train`; none: experts load on demand", 1},
+    {"predictor", 'p', "P.h5", 0,
+     "hash function of `sida train`, of any source; a trace of this input: its own routing, the "
+     "oracle; none: experts load on demand",
+     1},
     {"format", 'f', "FORMAT", 0, "text, jsonl, tsv, sst2, mrpc or multirc", 1},
     {"input", 'i', "FILE", 0, "the records, plain or gzip", 1},
     {"limit", KEY_LIMIT, "N", 0, "stop after N records", 1},

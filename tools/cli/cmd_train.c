@@ -1,5 +1,6 @@
 /* sida train: fits a hash function to a trace. */
 #include "tools/cli/cli.h"
+#include "trainer/fit.h"
 #include "trainer/train.h"
 
 #include <stdio.h>
@@ -11,6 +12,7 @@ typedef struct options {
     sida_progress progress;
     int64_t threads;
     bool json;
+    const char *stepwise; /* an option that was given and is of the training by steps only */
 } options;
 
 enum {
@@ -35,22 +37,39 @@ enum {
     KEY_CHECKPOINT_EVERY,
     KEY_DEVICE,
     KEY_DEVICE_BATCH,
-    KEY_FP32
+    KEY_FP32,
+    KEY_SOURCE,
+    KEY_HASH,
+    KEY_LABELS
 };
 
 static const struct argp_option argp_options[] = {
     {"trace", KEY_TRACE, "FILE", 0, "trace to learn from", 0},
-    {"valid", KEY_VALID, "FILE", 0, "trace to measure on after each epoch", 0},
+    {"valid", KEY_VALID, "FILE", 0,
+     "trace to measure on after each epoch; sources that are not trained need none", 0},
     {"output", KEY_OUTPUT, "FILE", 0, "where the predictor goes", 0},
+    {"source", KEY_SOURCE, "NAME", 0,
+     "hash function: lstm (the paper's network; default); counted from the trace: table (by token "
+     "id), bigram (by the token before, too), popular (by layer alone); layer-hash (a fixed hash "
+     "of "
+     "the token id, learnt from nothing)",
+     0},
+    {"hash", KEY_HASH, "KIND", 0,
+     "of --source layer-hash: balanced (by the ids' frequency; default) or random", 0},
+    {"seed", KEY_SEED, "N", 0, "same seed, same bytes (0)", 0},
+    {0, 0, 0, 0, "The training of a network", 1},
     {"epochs", KEY_EPOCHS, "N", 0, "passes over the trace (30)", 1},
     {"lr", KEY_LR, "X", 0, "learning rate (0.005)", 1},
     {"batch", KEY_BATCH, "N", 0, "sequences a step (16)", 1},
     {"lambda", KEY_LAMBDA, "X", 0, "weight of the cross-entropy against the router's choice (0.5)",
      1},
+    {"labels", KEY_LABELS, "KIND", 0,
+     "what the cross-entropy is against where the model chooses k experts: even (each 1/k; the "
+     "default), weight (by applied factor) or best (the first alone)",
+     1},
     {"top", KEY_TOP, "T", 0, "experts of a token that are distilled (all in the trace)", 1},
     {"hidden", KEY_HIDDEN, "N", 0,
      "width of the predictor (a third of d_model, rounded up to a multiple of 64)", 1},
-    {"seed", KEY_SEED, "N", 0, "same seed, same bytes (0)", 1},
     {"tkd", KEY_TKD, "KIND", 0,
      "distillation: rest (cross-entropy, what is left of the mass as a class; the default) or "
      "l1-renorm (the paper's; its row is --tkd l1-renorm --lambda 0.005)",
@@ -60,9 +79,10 @@ static const struct argp_option argp_options[] = {
     {"weight-decay", KEY_WEIGHT_DECAY, "X", 0, "AdamW's weight decay (0.01)", 1},
     {"clip", KEY_CLIP, "X", 0, "largest gradient norm, 0: no limit (1)", 1},
     {"resume", KEY_RESUME, NULL, 0,
-     "continue from OUTPUT.checkpoint, to the same bytes; without one, start", 2},
+     "continue from OUTPUT.checkpoint, to the same bytes; without one, start", 1},
     {"checkpoint-every", KEY_CHECKPOINT_EVERY, "N", 0,
-     "steps between checkpoints (0: one after each epoch)", 2},
+     "steps between checkpoints (0: one after each epoch)", 1},
+    {0, 0, 0, 0, "What is used and printed", 2},
     {"device", KEY_DEVICE, "NAME", 0,
      "cpu, cuda, or auto (default): cuda where a GPU and cuDNN are present", 2},
     {"device-batch", KEY_DEVICE_BATCH, "N", 0,
@@ -86,9 +106,40 @@ static int choice(struct argp_state *state, const char *option, const char *text
     exit(SIDA_EXIT_USAGE);
 }
 
+/* Options of group 1 mean nothing to sources that are not trained by steps: said, not ignored. */
+static void note_stepwise(options *o, int key) {
+    for (const struct argp_option *option = argp_options; option->name || option->doc; option++)
+        if (option->name && option->key == key && option->group == 1) o->stepwise = option->name;
+}
+
+static void check_source(const options *o, struct argp_state *state) {
+    const sida_train_options *t = &o->train;
+    const char *source = t->source ? t->source : "lstm", *reason = NULL;
+    bool lstm = strcmp(source, "lstm") == 0;
+    if (lstm) {
+        sida_cli_require(state, "--valid", t->valid);
+        return;
+    }
+    if (strcmp(source, "oracle") == 0)
+        reason = "needs no training: give the trace itself to sida eval or run as --predictor";
+    else if (!sida_fit_known(source))
+        reason = "unknown";
+    if (reason) {
+        fprintf(stderr, "%s: --source '%.40s': %s; expected lstm or one of %s (see %s --help)\n",
+                state->name, source, reason, sida_fit_sources, state->name);
+        exit(SIDA_EXIT_USAGE);
+    }
+    if (o->stepwise) {
+        fprintf(stderr, "%s: --%s: nothing is trained by steps with --source %s (see %s --help)\n",
+                state->name, o->stepwise, source, state->name);
+        exit(SIDA_EXIT_USAGE);
+    }
+}
+
 static error_t parse(int key, char *text, struct argp_state *state) {
     options *o = state->input;
     sida_train_options *t = &o->train;
+    note_stepwise(o, key);
     switch (key) {
     case KEY_TRACE:
         t->trace = text;
@@ -127,6 +178,13 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         t->tkd =
             choice(state, "--tkd", text, "rest", "l1-renorm") ? SIDA_TKD_L1_RENORM : SIDA_TKD_REST;
         return 0;
+    case KEY_LABELS:
+        if (!sida_labels_from_name(&t->labels, text)) {
+            fprintf(stderr, "%s: --labels '%.40s': expected even, weight or best (see %s --help)\n",
+                    state->name, text, state->name);
+            exit(SIDA_EXIT_USAGE);
+        }
+        return 0;
     case KEY_WEIGHT_DECAY:
         t->weight_decay = sida_cli_f64(state, "--weight-decay", text, 0, 100);
         return 0;
@@ -159,10 +217,17 @@ static error_t parse(int key, char *text, struct argp_state *state) {
     case KEY_FP32:
         t->fp32 = true;
         return 0;
+    case KEY_SOURCE:
+        t->source = text;
+        return 0;
+    case KEY_HASH:
+        t->hash = choice(state, "--hash", text, "balanced", "random") ? SIDA_LAYER_HASH_RANDOM
+                                                                      : SIDA_LAYER_HASH_BALANCED;
+        return 0;
     case ARGP_KEY_END:
         sida_cli_require(state, "--trace", t->trace);
-        sida_cli_require(state, "--valid", t->valid);
         sida_cli_require(state, "--output", t->output);
+        check_source(o, state);
         return 0;
     default:
         return ARGP_ERR_UNKNOWN;
@@ -180,8 +245,12 @@ static void on_epoch(void *context, const sida_train_epoch *epoch) {
     options *o = context;
     const sida_scores *valid = &epoch->valid->overall;
     if (o->progress.on) fputs("\r\033[K", stderr);
-    fprintf(stderr, "epoch %d/%d  loss %.4f  valid hit@1 %.2f %%  hit@3 %.2f %%  %.1f s\n",
-            epoch->epoch, epoch->epochs, epoch->loss, valid->hit[0], valid->hit[1], epoch->seconds);
+    char slots[32] = "";
+    if (epoch->valid->chosen > 1)
+        snprintf(slots, sizeof slots, "  slot@k %.2f %%", valid->slot_recall[0]);
+    fprintf(stderr, "epoch %d/%d  loss %.4f  valid hit@1 %.2f %%  hit@3 %.2f %%%s  %.1f s\n",
+            epoch->epoch, epoch->epochs, epoch->loss, valid->hit[0], valid->hit[1], slots,
+            epoch->seconds);
 }
 
 int sida_cmd_train(int argc, char **argv) {
@@ -190,9 +259,10 @@ int sida_cmd_train(int argc, char **argv) {
         argp_options,
         parse,
         NULL,
-        "Trains a predictor of a model's experts on a trace of it. OUTPUT holds the weights of the "
-        "epoch with the best hit@1 on the validation trace, the curve and the configuration. The "
-        "defaults are those measured best on the sample model; figures are in trainer/README.md.",
+        "Makes a predictor of a model's experts from a trace of it. A network's OUTPUT holds the "
+        "weights of the epoch with the best hit@1 (of a model that chooses k experts: slot@k) on "
+        "the validation trace, the curve and the configuration. The defaults are those measured "
+        "best on the sample model; figures are in trainer/README.md.",
         NULL,
         NULL,
         NULL};

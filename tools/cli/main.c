@@ -16,6 +16,7 @@ static const struct {
     {"trace", sida_cmd_trace, "run the full model over a corpus and record its routers"},
     {"train", sida_cmd_train, "fit a hash function to a trace"},
     {"eval", sida_cmd_eval, "measure a hash function on a held-out trace"},
+    {"export", sida_cmd_export, "write a trained predictor for other software"},
     {"run", sida_cmd_run, "run a model under a memory budget, experts moved ahead of use"},
     {"generate", sida_cmd_generate, "print the full model's greedy answers"},
     {"tokenize", sida_cmd_tokenize, "print token ids"},
