@@ -519,8 +519,17 @@ static void test_loss_extremes(void **state) {
     double losses, sum, partials[SIDA_TRAIN_PARTIALS];
     for (int nan = 0; nan < 2; nan++) {
         if (nan) logits[3] = NAN;
-        const sida_loss_call on_host = {want,    &losses, logits,        ids,  logp, 1,
-                                        experts, top,     SIDA_TKD_REST, 0.5f, 1};
+        const sida_loss_call on_host = {.d_logits = want,
+                                        .losses = &losses,
+                                        .logits = logits,
+                                        .top_ids = ids,
+                                        .top_logp = logp,
+                                        .pairs = 1,
+                                        .experts = experts,
+                                        .top = top,
+                                        .tkd = SIDA_TKD_REST,
+                                        .lambda = 0.5f,
+                                        .scale = 1};
         sida_loss_cuda_call call = {.d_logits = room(sizeof got),
                                     .partials = room(sizeof partials),
                                     .logits = put(logits, sizeof logits),
