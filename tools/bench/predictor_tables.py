@@ -10,6 +10,11 @@ SETS = ["sst2", "mrpc", "multirc", "prose"]
 TITLES = {"sst2": "SST-2", "mrpc": "MRPC", "multirc": "MultiRC", "prose": "prose"}
 
 
+def sets_of(results):
+    """What was trained on."""
+    return results["settings"].get("sets", SETS)
+
+
 def of(results, learnt, name):
     return [x for x in results["evaluations"] if (x["trained_on"], x["set"]) == (learnt, name)]
 
@@ -65,6 +70,8 @@ def in_domain(results, name):
 def decoders(results):
     """The decoder alone, where it says something: on span corruption."""
     runs = of(results, "prose", "prose")
+    if not runs:
+        return ["prose, decoder"], []
     head = ["prose, decoder", "hit@1", "hit@3", "equal recall"]
     head += [f"better: {m}" for m in ("hit@1", "hit@3", "equal recall")]
     lines = []
@@ -76,6 +83,8 @@ def decoders(results):
 
 def shift(results):
     head = ["trained on SST-2"]
+    if "sst2" not in sets_of(results):
+        return head, []
     for name in SETS[1:]:
         head += [f"{TITLES[name]} hit@1", "drop", "equal recall", "drop"]
     lines = []
@@ -85,7 +94,8 @@ def shift(results):
             for metric in ("hit@1", "set_recall_equal"):
                 there = values(of(results, "sst2", name), row, "overall", metric)
                 at_home = values(of(results, name, name), row, "overall", metric)
-                line += [figure(there), f"{mean(at_home) - mean(there):.1f}"]
+                drop = f"{mean(at_home) - mean(there):.1f}" if at_home else ""
+                line += [figure(there), drop]
         lines.append(line)
     return head, lines
 
@@ -94,7 +104,7 @@ def margins(results):
     first = rows_of(results)[-1]
     head = ["router's margin, fifths from low to high", "1", "2", "3", "4", "5"]
     lines = []
-    for name in SETS:
+    for name in sets_of(results):
         runs = of(results, name, name)
         bins = [run["rows"][first]["margins"] for run in runs]
         top = [f"{x['from']:.3f}–{x['to']:.3f}" for x in bins[0]]
@@ -108,7 +118,7 @@ def margins(results):
 def alphas(results):
     head = ["α, points", "side", "mean error", "the layer's mean instead"]
     lines = []
-    for name in SETS:
+    for name in sets_of(results):
         runs = of(results, name, name)
         for row in rows_of(results):
             for side in ("encoder", "decoder"):
@@ -125,7 +135,7 @@ def calibration(results):
     first = rows_of(results)[-1]
     head = [f"{first}: predicted α"] + [f"{b / 10:.1f}–{(b + 1) / 10:.1f}" for b in range(10)]
     lines = []
-    for name in SETS:
+    for name in sets_of(results):
         bins = [run["rows"][first]["calibration"] for run in of(results, name, name)]
 
         def across(key, form, bins=bins):
@@ -198,7 +208,7 @@ def show(results):
         f"seeds. Commit {results['commit'][:12]}, "
         f"{results['machine']['device']}.\n"
     )
-    parts = [in_domain(results, name) for name in SETS]
+    parts = [in_domain(results, name) for name in sets_of(results)]
     for make in (decoders, shift, margins, alphas, calibration, trainings, sweep, sizes):
         parts.append(make(results))
     for head, lines in parts:
