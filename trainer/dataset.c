@@ -51,6 +51,29 @@ sida_weight sida_dataset_embedding(const sida_dataset *data) {
     return (sida_weight){data->embedding, SIDA_F32, data->vocabulary, data->d_model};
 }
 
+bool sida_dataset_is_content(const sida_dataset_side *side, int64_t token) {
+    return !side->content || side->content[token];
+}
+
+int32_t sida_dataset_batch_end(const sida_dataset *data, int32_t first, int64_t tokens) {
+    int64_t sum = 0;
+    int32_t last = first;
+    while (last < data->sequences) {
+        for (int side = 0; side < 2; side++)
+            sum += data->sides[side].offsets[last + 1] - data->sides[side].offsets[last];
+        if (last > first && sum > tokens) break;
+        last++;
+    }
+    return last;
+}
+
+sida_ragged sida_dataset_slice(const sida_dataset *data, int side, int32_t first, int32_t last,
+                               int64_t *offsets) {
+    const sida_dataset_side *s = &data->sides[side];
+    for (int32_t q = first; q <= last; q++) offsets[q - first] = s->offsets[q] - s->offsets[first];
+    return (sida_ragged){last - first, offsets, s->ids + s->offsets[first]};
+}
+
 static sida_status allocate(void *out, size_t item, const char *path, int64_t tokens, int64_t a,
                             int64_t b) {
     size_t row = (size_t)a * (size_t)b, items;

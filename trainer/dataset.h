@@ -56,6 +56,13 @@ void sida_dataset_free(sida_dataset *data);
 /* MISMATCH, naming both files and what differs, when the two are not of one model. */
 sida_status sida_dataset_check_pair(const sida_dataset *a, const sida_dataset *b);
 sida_weight sida_dataset_embedding(const sida_dataset *data);
+bool sida_dataset_is_content(const sida_dataset_side *side, int64_t token);
+
+/* Sequences in the order of the file: the one behind a batch that starts at `first` and has at most
+ * `tokens` of both sides, or one sequence; and such a batch, whose offsets are written. */
+int32_t sida_dataset_batch_end(const sida_dataset *data, int32_t first, int64_t tokens);
+sida_ragged sida_dataset_slice(const sida_dataset *data, int side, int32_t first, int32_t last,
+                               int64_t *offsets);
 
 /* --- batches of whole sequences */
 typedef struct sida_minibatch_side {

@@ -26,10 +26,6 @@ typedef struct evaluating {
     sida_set set;
 } evaluating;
 
-static bool is_content(const sida_dataset_side *s, int64_t token) {
-    return !s->content || s->content[token];
-}
-
 /* --- what depends on the data alone */
 
 /* The router's margin at a token and layer, in steps. */
@@ -49,7 +45,8 @@ static sida_status cut_margins(evaluating *e) {
     SIDA_TRY(SIDA_ALLOC(&counts, margin_steps + 1, "an evaluation"));
     for (int side = 0; side < 2; side++)
         for (int64_t i = 0; i < data->sides[side].tokens; i++)
-            for (int32_t l = 0; is_content(&data->sides[side], i) && l < data->layers[side]; l++) {
+            for (int32_t l = 0;
+                 sida_dataset_is_content(&data->sides[side], i) && l < data->layers[side]; l++) {
                 counts[margin_of(data, side, i, l)]++;
                 total++;
             }
@@ -86,7 +83,7 @@ static double constant_error(const sida_dataset *data, int side, int32_t layer, 
     for (int pass = 0; pass < 2; pass++) {
         for (int64_t i = 0; i < s->tokens; i++) {
             int64_t pair = i * data->layers[side] + layer;
-            if (s->dropped[pair] || !(all || is_content(s, i))) continue;
+            if (s->dropped[pair] || !(all || sida_dataset_is_content(s, i))) continue;
             double alpha = (double)s->alpha[pair * data->top_k];
             if (pass == 0) {
                 mean += alpha;
@@ -114,7 +111,7 @@ static void count_layer(evaluating *e, int side, int32_t sequence, int32_t layer
     sida_set_clear(&e->set, experts);
     for (int part = 0; part < 2; part++) {
         for (int64_t i = first; i < s->offsets[sequence + 1]; i++) {
-            if (is_content(s, i) == (part == 1)) continue;
+            if (sida_dataset_is_content(s, i) == (part == 1)) continue;
             int64_t row = (i - first) * layers + layer, pair = i * layers + layer;
             const sida_pair p = {.predicted = predicted + row * experts,
                                  .alpha = alpha + row * experts,
@@ -229,26 +226,6 @@ static sida_status check(const sida_hash_source *source, const sida_dataset *dat
     return SIDA_OK;
 }
 
-/* The sequence behind the batch that starts at `first`. */
-static int32_t batch_end(const sida_dataset *data, int32_t first) {
-    int64_t tokens = 0;
-    int32_t last = first;
-    while (last < data->sequences) {
-        for (int side = 0; side < 2; side++)
-            tokens += data->sides[side].offsets[last + 1] - data->sides[side].offsets[last];
-        if (last > first && tokens > batch_tokens) break;
-        last++;
-    }
-    return last;
-}
-
-static sida_ragged slice(const sida_dataset *data, int side, int32_t first, int32_t last,
-                         int64_t *offsets) {
-    const sida_dataset_side *s = &data->sides[side];
-    for (int32_t q = first; q <= last; q++) offsets[q - first] = s->offsets[q] - s->offsets[first];
-    return (sida_ragged){last - first, offsets, s->ids + s->offsets[first]};
-}
-
 sida_status sida_evaluate(
     sida_evaluation *out, const sida_hash_source *source, const sida_dataset *data, int32_t set_k,
     sida_status (*on_progress)(void *context, double fraction, int64_t tokens), void *context) {
@@ -273,13 +250,13 @@ sida_status sida_evaluate(
     SIDA_TRY(cut_margins(&e));
     SIDA_TRY(sida_hash_state_create(source, &state));
     for (int32_t first = 0, last; first < data->sequences; first = last) {
-        last = batch_end(data, first);
-        sida_ragged input = slice(data, 0, first, last, offsets);
+        last = sida_dataset_batch_end(data, first, batch_tokens);
+        sida_ragged input = sida_dataset_slice(data, 0, first, last, offsets);
         done += sida_ragged_tokens(&input);
         SIDA_TRY(sida_hash_encode(source, state, &input, data->experts, &table));
         if (data->layers[0] > 0) count_side(&e, 0, first, last, set_k, &table);
         if (data->layers[1] > 0) {
-            sida_ragged step = slice(data, 1, first, last, offsets);
+            sida_ragged step = sida_dataset_slice(data, 1, first, last, offsets);
             done += sida_ragged_tokens(&step);
             SIDA_TRY(sida_hash_decode(source, state, &step, data->experts, &table));
             count_side(&e, 1, first, last, set_k, &table);

@@ -5,6 +5,7 @@
 #include "formats/base/log.h"
 #include "formats/base/memory.h"
 #include "runtime/predictor/sources.h"
+#include "trainer/calibrate.h"
 #include "trainer/checkpoint.h"
 #include "trainer/fit.h"
 #include "trainer/learner.h"
@@ -32,7 +33,8 @@ sida_train_options sida_train_defaults(void) {
                                 .weight_decay = 0.01,
                                 .clip = 1,
                                 .tkd = SIDA_TKD_REST,
-                                .schedule = SIDA_SCHEDULE_COSINE};
+                                .schedule = SIDA_SCHEDULE_COSINE,
+                                .calibrate = true};
 }
 
 typedef struct training {
@@ -313,11 +315,30 @@ static sida_status start(training *t) {
                                                        .tf32 = !o->fp32});
 }
 
+/* The weights that are kept go where the source reads them, calibrated where that is asked for. A
+ * checkpoint never has calibrated ones: a training that is resumed calibrates once, too. */
+static sida_status finish(training *t) {
+    sida_status status = SIDA_OK;
+    sida_train_state *s = &t->state;
+    const size_t bytes = (size_t)s->net->parameter_count * sizeof *s->best;
+    const int32_t *layers = s->net->config.layers;
+    double *temperatures = NULL;
+    memcpy(s->net->parameters, s->best, bytes);
+    if (!t->options->calibrate) return SIDA_OK;
+    SIDA_TRY(SIDA_ALLOC(&temperatures, (size_t)(layers[0] + layers[1]), "a calibration"));
+    SIDA_TRY(sida_calibrate(temperatures, s->net, &t->valid));
+    memcpy(s->best, s->net->parameters, bytes);
+    json_object_set_new(json_object_get(t->meta.config, "training"), "temperatures",
+                        sida_temperatures_to_json(temperatures, layers));
+out:
+    free(temperatures);
+    return status;
+}
+
 static sida_status summarise(training *t, json_t **summary, double seconds) {
     sida_status status = SIDA_OK;
     sida_evaluation valid = {0};
     const sida_train_state *s = &t->state;
-    memcpy(s->net->parameters, s->best, (size_t)s->net->parameter_count * sizeof *s->best);
     SIDA_TRY(sida_evaluate(&valid, t->source, &t->valid, t->valid.top_k, NULL, NULL));
     json_t *root = json_object(), *loss = json_array();
     json_object_set_new(root, "output", json_string(t->options->output));
@@ -355,6 +376,7 @@ sida_status sida_train(const sida_train_options *options, json_t **summary) {
     SIDA_TRY(start(&t));
     double begin = sida_clock_seconds();
     SIDA_TRY(loop(&t));
+    SIDA_TRY(finish(&t));
     double seconds = sida_clock_seconds() - begin;
     SIDA_TRY(sida_predictor_write(options->output, &t.meta, &t.state));
     if (unlink(t.checkpoint) != 0 && errno != ENOENT)

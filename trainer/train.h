@@ -51,6 +51,7 @@ typedef struct sida_train_options {
     sida_tkd tkd;
     sida_labels labels; /* of the cross-entropy, where the model chooses more than one expert */
     sida_schedule schedule;
+    bool calibrate;           /* sida_calibrate() what is kept */
     int64_t seed;             /* >= 0 */
     int64_t checkpoint_every; /* steps; 0: an epoch */
     bool resume;
@@ -71,8 +72,9 @@ sida_train_options sida_train_defaults(void);
  * other traces, options or device (CPU or CUDA), and without one the training starts from the
  * beginning. BUDGET where the device's memory ran out; a checkpoint is left if a step was done. The
  * weights kept are those of the epoch with the best validation slot
- * recall, which is hit@1 where the model chooses one expert. *summary: JSON of what was done, may
- * be NULL. */
+ * recall, which is hit@1 where the model chooses one expert; with `calibrate` their heads are
+ * divided by temperatures then, which the file names (training.temperatures). *summary: JSON of
+ * what was done, may be NULL. */
 sida_status sida_train(const sida_train_options *options, json_t **summary);
 
 #endif

@@ -6,3 +6,5 @@ sida_test(learner_test
 sida_test(topk_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/topk_test.c DEPENDS sida_trainer LABELS unit)
 sida_test(evaluate_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/evaluate_test.c DEPENDS sida_trainer
   LABELS unit)
+sida_test(calibrate_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/calibrate_test.c DEPENDS sida_trainer
+  LABELS unit)

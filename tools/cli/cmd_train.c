@@ -50,6 +50,7 @@ enum {
     KEY_BLOCKS,
     KEY_BIDIRECTIONAL,
     KEY_ATTENTION,
+    KEY_NO_CALIBRATE,
     KEY_PLOT
 };
 
@@ -99,6 +100,8 @@ static const struct argp_option argp_options[] = {
     {"clip", KEY_CLIP, "X", 0, "largest gradient norm, 0: no limit (1)", 1},
     {"patience", KEY_PATIENCE, "N", 0,
      "stop after N epochs on end that were no better on the validation trace (0: never)", 1},
+    {"no-calibrate", KEY_NO_CALIBRATE, NULL, 0,
+     "leave out the temperatures that fit the factors to the validation trace's", 1},
     {"resume", KEY_RESUME, NULL, 0,
      "continue from OUTPUT.checkpoint, to the same bytes; without one, start", 1},
     {"checkpoint-every", KEY_CHECKPOINT_EVERY, "N", 0,
@@ -255,6 +258,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         t->schedule = choice(state, "--schedule", text, "cosine", "constant")
                           ? SIDA_SCHEDULE_CONSTANT
                           : SIDA_SCHEDULE_COSINE;
+        return 0;
+    case KEY_NO_CALIBRATE:
+        t->calibrate = false;
         return 0;
     case KEY_THREADS:
         o->threads = sida_cli_i64(state, "--threads", text, 1, 1024);
