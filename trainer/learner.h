@@ -12,8 +12,8 @@ typedef struct sida_learner sida_learner;
 
 typedef struct sida_learner_options {
     int32_t batch; /* sequences a step */
-    /* Sequences that a device computes at a time, for devices with little memory; the gradients of
-     * a step's parts are added up. 0: all of them. The CPU has shards of its own. */
+    /* Sequences that a device computes at a time; the gradients of a step's parts are added up. 0:
+     * as many as have some thousand tokens (learner_cuda.c). The CPU has shards of its own. */
     int32_t device_batch;
     sida_tkd tkd;
     double lambda;

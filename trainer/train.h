@@ -34,7 +34,7 @@ typedef struct sida_train_options {
     const char *source;
     sida_layer_hash hash;         /* of the source "layer-hash" */
     int32_t epochs, batch;        /* batch: sequences */
-    int32_t device_batch;         /* sequences of a batch that a GPU computes at a time; 0: all */
+    int32_t device_batch;         /* sequences that a GPU computes at a time; 0: by length */
     bool fp32;                    /* a GPU's products round no factor to TF32 */
     int32_t top;                  /* of the trace's T; 0: all of them */
     int32_t hidden;               /* 0: sida_net_default_hidden */

@@ -112,7 +112,7 @@ static const struct argp_option argp_options[] = {
     {"device", KEY_DEVICE, "NAME", 0,
      "cpu, cuda, or auto (default): cuda where a GPU and cuDNN are present", 2},
     {"device-batch", KEY_DEVICE_BATCH, "N", 0,
-     "sequences of a batch that the GPU computes at a time, for less of its memory (0: all)", 2},
+     "sequences of a batch that the GPU computes at a time (0: as many as have 16,384 tokens)", 2},
     {"fp32", KEY_FP32, NULL, 0, "on the GPU, round no factor of a product to TF32", 2},
     {"threads", KEY_THREADS, "N", 0, "CPU threads; the result does not depend on it", 2},
     {"json", KEY_JSON, NULL, 0, "print a summary to standard output", 2},
