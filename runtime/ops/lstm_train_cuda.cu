@@ -5,12 +5,14 @@
 
 /* A block has 32 units, the 128 rows of W_hh that are theirs, and all of its cluster's eight
  * sequences; in the cell a thread has one unit of one sequence: warp w the units 4 w … 4 w + 3. */
-constexpr int BLOCK_UNITS = 32, GATES = 4, ROWS = GATES * BLOCK_UNITS, SEQUENCES = 8;
+constexpr int BLOCK_UNITS = 32, GATES = 4;
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
-constexpr unsigned ALL_LANES = 0xffffffffu;
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define IN_CLUSTERS(units) __cluster_dims__((units) / BLOCK_UNITS, 1, 1)
+
+constexpr int ROWS = GATES * BLOCK_UNITS, SEQUENCES = 8;
+constexpr unsigned ALL_LANES = 0xffffffffu;
 
 /* --- the tensor cores. In both products the factors' columns are taken in an order that lets a
  * thread load its share of several steps at once: the sum does not mind, as long as both agree. */
