@@ -1,9 +1,10 @@
 #include "runtime/backend/nvml_cuda.h"
 
+#include "runtime/backend/symbol.h"
+
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
-#include <string.h>
 
 /* The part of nvml.h that is used here; its ABI is fixed by the _v2 names. 0 is success. */
 typedef struct nvml_memory {
@@ -19,19 +20,12 @@ static struct {
     int (*release)(char *out, unsigned size);
 } nvml;
 
-/* A function pointer from dlsym's object pointer, as POSIX has it. */
-static bool find(void *from, void *function, const char *name) {
-    void *symbol = dlsym(from, name);
-    memcpy(function, &symbol, sizeof symbol);
-    return symbol != NULL;
-}
-
 static void load(void) {
     void *from = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
-    loaded = from && find(from, &nvml.init, "nvmlInit_v2") &&
-             find(from, &nvml.by_uuid, "nvmlDeviceGetHandleByUUID") &&
-             find(from, &nvml.memory, "nvmlDeviceGetMemoryInfo") &&
-             find(from, &nvml.release, "nvmlSystemGetDriverVersion") && nvml.init() == 0;
+    loaded = from && sida_symbol(from, &nvml.init, "nvmlInit_v2") &&
+             sida_symbol(from, &nvml.by_uuid, "nvmlDeviceGetHandleByUUID") &&
+             sida_symbol(from, &nvml.memory, "nvmlDeviceGetMemoryInfo") &&
+             sida_symbol(from, &nvml.release, "nvmlSystemGetDriverVersion") && nvml.init() == 0;
 }
 
 static bool ready(void) {

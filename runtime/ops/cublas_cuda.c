@@ -1,11 +1,12 @@
 #include "runtime/ops/cublas_cuda.h"
 
+#include "runtime/backend/symbol.h"
+
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
-#include <string.h>
 
 #define TEXT_OF(number) #number
 #define NAME_OF(major) "libcublas.so." TEXT_OF(major)
@@ -16,23 +17,16 @@ static sida_cublas functions;
 static bool loaded;
 static char reason[256];
 
-/* A function pointer from dlsym's object pointer, as POSIX has it. */
-static bool find(void *from, void *function, const char *name) {
-    void *symbol = dlsym(from, name);
-    memcpy(function, &symbol, sizeof symbol);
-    return symbol != NULL;
-}
-
 static void load(void) {
     /* Stays loaded: handles of other threads may outlive any owner. */
     void *from = dlopen(library, RTLD_NOW | RTLD_LOCAL);
-    loaded = from && find(from, &functions.create, "cublasCreate_v2") &&
-             find(from, &functions.destroy, "cublasDestroy_v2") &&
-             find(from, &functions.set_stream, "cublasSetStream_v2") &&
-             find(from, &functions.set_workspace, "cublasSetWorkspace_v2") &&
-             find(from, &functions.gemm, "cublasGemmEx") &&
-             find(from, &functions.gemm_batched, "cublasGemmStridedBatchedEx") &&
-             find(from, &functions.status_string, "cublasGetStatusString");
+    loaded = from && sida_symbol(from, &functions.create, "cublasCreate_v2") &&
+             sida_symbol(from, &functions.destroy, "cublasDestroy_v2") &&
+             sida_symbol(from, &functions.set_stream, "cublasSetStream_v2") &&
+             sida_symbol(from, &functions.set_workspace, "cublasSetWorkspace_v2") &&
+             sida_symbol(from, &functions.gemm, "cublasGemmEx") &&
+             sida_symbol(from, &functions.gemm_batched, "cublasGemmStridedBatchedEx") &&
+             sida_symbol(from, &functions.status_string, "cublasGetStatusString");
     if (loaded) return;
     const char *why = dlerror();
     snprintf(reason, sizeof reason, "%s", why ? why : "unknown reason");

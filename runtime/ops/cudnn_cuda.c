@@ -1,11 +1,12 @@
 #include "runtime/ops/cudnn_cuda.h"
 
+#include "runtime/backend/symbol.h"
+
 #include <dlfcn.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 #define TEXT_OF(number) #number
 #define NAME_OF(major) "libcudnn.so." TEXT_OF(major)
@@ -16,13 +17,6 @@ static sida_cudnn functions;
 static bool loaded;
 static char reason[256];
 
-/* A function pointer from dlsym's object pointer, as POSIX has it. */
-static bool find(void *from, void *function, const char *name) {
-    void *symbol = dlsym(from, name);
-    memcpy(function, &symbol, sizeof symbol);
-    return symbol != NULL;
-}
-
 static void load(void) {
     /* By default the cuBLAS inside cuDNN has workspaces of several sizes and takes what is free, by
      * which its sums may differ from run to run; of one size they do not (cuDNN's documentation,
@@ -31,7 +25,7 @@ static void load(void) {
     /* Stays loaded: handles of other threads may outlive any owner. */
     void *from = dlopen(library, RTLD_NOW | RTLD_LOCAL);
     loaded = from != NULL;
-#define FIND(member, name) loaded = loaded && find(from, &functions.member, #name);
+#define FIND(member, name) loaded = loaded && sida_symbol(from, &functions.member, #name);
     SIDA_CUDNN_FUNCTIONS(FIND)
 #undef FIND
     if (loaded) return;

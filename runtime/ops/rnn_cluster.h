@@ -25,6 +25,6 @@ sida_status sida_rnn_cluster_backward_data(sida_rnn_cluster *rnn, const sida_row
                                            int32_t sequences, int64_t n, float *d_x,
                                            const float *d_y, const float *y, const float *weights);
 sida_status sida_rnn_cluster_backward_weights(sida_rnn_cluster *rnn, int32_t sequences, int64_t n,
-                                              float *d_weights, const float *x, const float *y);
+                                              float *d_weights, const float *x);
 
 #endif

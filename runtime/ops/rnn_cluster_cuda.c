@@ -219,10 +219,9 @@ out:
 }
 
 sida_status sida_rnn_cluster_backward_weights(sida_rnn_cluster *rnn, int32_t sequences, int64_t n,
-                                              float *d_weights, const float *x, const float *y) {
+                                              float *d_weights, const float *x) {
     sida_status status = SIDA_OK;
     const int64_t h = rnn->options.hidden, u = rnn->units;
-    (void)y; /* the cells' place holds it, a step later */
     for (int32_t l = 0; l < rnn->options.layers; l++)
         for (int32_t d = 0; d < rnn->directions; d++) {
             const cell *c = &rnn->cells[l][d];
@@ -239,7 +238,7 @@ sida_status sida_rnn_cluster_backward_weights(sida_rnn_cluster *rnn, int32_t seq
                                       .add = true};
             SIDA_TRY(sida_gemm_cuda(rnn->stream, &product, true));
             product.c = d_weights + c->recurrent_weight;
-            product.b = c->cells;
+            product.b = c->cells; /* the outputs, a step later */
             product.ldc = product.ldb = product.n = u;
             SIDA_TRY(sida_gemm_cuda(rnn->stream, &product, true));
             float *const biases[2] = {d_weights + c->input_bias, d_weights + c->recurrent_bias};

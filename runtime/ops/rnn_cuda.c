@@ -398,8 +398,8 @@ sida_status sida_rnn_backward_weights(sida_rnn *rnn, float *d_weights, const flo
     sida_status status = SIDA_OK;
     if (rnn->rows == 0) return SIDA_OK;
     if (rnn->cluster)
-        return sida_rnn_cluster_backward_weights(rnn->cluster, rnn->mapped, rnn->rows, d_weights, x,
-                                                 y);
+        return sida_rnn_cluster_backward_weights(rnn->cluster, rnn->mapped, rnn->rows, d_weights,
+                                                 x);
     SIDA_TRY(sida_cuda_use(rnn->stream->backend));
     CUDNN_TRY(rnn, backward_weights, owner(rnn)->handle, rnn->rnn, CUDNN_WGRAD_MODE_ADD, NULL,
               rnn->data, x, rnn->state, NULL, rnn->data, y, rnn->weight_bytes, d_weights,

@@ -7,10 +7,6 @@
 if ! command -v python3 >/dev/null; then echo 'skipped: no python3'; exit 77; fi
 made_up=tests/cli/bench_train_report.json
 
-says() { # says NAME TEXT: the last command printed that
-    grep -Fq -e "$2" "$work/stdout" || problem "$1: '$2' is not in: $(cat "$work/stdout")"
-}
-
 # --- the report
 accepts 'report' tools/bench/report $made_up
 # 1.1 is the median of both runs' six samples, 4.5 TF32's.

@@ -65,6 +65,10 @@ poke() {
     printf "$(printf '\\%s' "$@")" | dd of="$target" bs=1 seek="$offset" conv=notrunc 2>/dev/null
 }
 
+says() { # says NAME TEXT: the last command printed that
+    grep -Fq -e "$2" "$work/stdout" || problem "$1: '$2' is not in: $(cat "$work/stdout")"
+}
+
 finish() {
     echo "$cases cases, $failed failures"
     [ $failed -eq 0 ]

@@ -21,22 +21,19 @@ awk '{ for (i = 1; i + 8 <= NF && lines < 800; i += 8) { lines++; print $i, $(i 
 result=$work/results.json
 tool="tools/bench/predictors $sets --sida $sida --quick --rows 20 --valid-rows 8 --test-rows 6 --steps 2 --threads 1 --device cpu --commit test --work $work/runs --output $result"
 accepts 'predictors' $tool --agreement
-says() { # says TEXT: the last command printed that
-    grep -Fq -e "$1" "$work/stdout" || problem "$name: '$1' is not in: $(cat "$work/stdout")"
-}
 for row in popular table bigram layer-hash router "the paper's" 'lstm, our loss' \
     'lstm, two directions' 'itself on the CPU' default; do
     [ "$(grep -c "^| $row |" "$work/stdout")" -ge 5 ] || problem "no row of $row"
 done
 for title in 'SST-2 |' 'MRPC |' 'MultiRC |' 'prose |' 'prose, decoder |' 'trained on SST-2 |' \
     "router's margin" 'α, points |' 'default: predicted α' 'training |' 'chosen from |' 'set | part |'; do
-    says "| $title"
+    says "$name" "| $title"
 done
 # The model on the CPU agrees with itself on the CPU.
-says '| itself on the CPU | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |'
+says "$name" '| itself on the CPU | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 | 100.0 |'
 # One answer a question, and the block that the model's own training left out.
-says '| MultiRC | test | 6 |'
-says '| prose | test | 1 |'
+says "$name" '| MultiRC | test | 6 |'
+says "$name" '| prose | test | 1 |'
 cp "$work/stdout" "$work/first"
 accepts 'predictors, resumed' $tool --agreement --resume
 cmp -s "$work/first" "$work/stdout" || problem 'resumed: other tables'

@@ -1,33 +1,12 @@
 /* Temperatures: scores that are made too sure or unsure are brought back, the distance on the data
  * does not grow, ranks stay; and what a training makes of them. */
 #include "tests/train_data.h"
+#include "tests/train_folder.h"
 
 #include "runtime/predictor/sources.h"
 #include "trainer/calibrate.h"
 #include "trainer/evaluate.h"
 #include "trainer/train.h"
-
-#include <unistd.h>
-
-static char folder[] = "/tmp/sida-calibrate-XXXXXX";
-static char train_path[64], valid_path[64], output_path[64];
-
-static int setup(void **state) {
-    (void)state;
-    if (!mkdtemp(folder)) return -1;
-    snprintf(train_path, sizeof train_path, "%s/T.h5", folder);
-    snprintf(valid_path, sizeof valid_path, "%s/V.h5", folder);
-    snprintf(output_path, sizeof output_path, "%s/P.h5", folder);
-    return 0;
-}
-
-static int teardown(void **state) {
-    (void)state;
-    unlink(train_path);
-    unlink(valid_path);
-    unlink(output_path);
-    return rmdir(folder);
-}
 
 static void ok(sida_status status) {
     if (status != SIDA_OK) fail_msg("%s", sida_last_message());

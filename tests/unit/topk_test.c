@@ -1,30 +1,9 @@
 /* Models that choose k > 1 experts, decoder-only ones among them: scores counted by hand, labels,
  * what a trace says of renormalisation, and that a decoder's predictions see no later token. */
 #include "tests/train_data.h"
+#include "tests/train_folder.h"
 
 #include "trainer/train.h"
-
-#include <unistd.h>
-
-static char folder[] = "/tmp/sida-topk-XXXXXX";
-static char train_path[64], valid_path[64], output_path[64];
-
-static int setup(void **state) {
-    (void)state;
-    if (!mkdtemp(folder)) return -1;
-    snprintf(train_path, sizeof train_path, "%s/T.h5", folder);
-    snprintf(valid_path, sizeof valid_path, "%s/V.h5", folder);
-    snprintf(output_path, sizeof output_path, "%s/P.h5", folder);
-    return 0;
-}
-
-static int teardown(void **state) {
-    (void)state;
-    unlink(train_path);
-    unlink(valid_path);
-    unlink(output_path);
-    return rmdir(folder);
-}
 
 static void good(sida_status status) {
     if (status != SIDA_OK) fail_msg("%s", sida_last_message());

@@ -1,32 +1,11 @@
 /* The trainer's parts: data sets, evaluation against figures counted by hand, AdamW, refusals. */
 #include "tests/train_data.h"
+#include "tests/train_folder.h"
 
 #include "runtime/predictor/sources.h"
 #include "trainer/adamw.h"
 #include "trainer/checkpoint.h"
 #include "trainer/train.h"
-
-#include <unistd.h>
-
-static char folder[] = "/tmp/sida-trainer-XXXXXX";
-static char train_path[64], valid_path[64], output_path[64];
-
-static int setup(void **state) {
-    (void)state;
-    if (!mkdtemp(folder)) return -1;
-    snprintf(train_path, sizeof train_path, "%s/T.h5", folder);
-    snprintf(valid_path, sizeof valid_path, "%s/V.h5", folder);
-    snprintf(output_path, sizeof output_path, "%s/P.h5", folder);
-    return 0;
-}
-
-static int teardown(void **state) {
-    (void)state;
-    unlink(train_path);
-    unlink(valid_path);
-    unlink(output_path);
-    return rmdir(folder);
-}
 
 static void refused(sida_status status, sida_status code, const char *words) {
     if (status != code || !strstr(sida_last_message(), words))

@@ -1,6 +1,7 @@
 /* sida doctor: what this machine has, how fast its link is, and what will be used. */
 #include "formats/h5.h"
 #include "runtime/backend/backend.h"
+#include "runtime/backend/symbol.h"
 #include "runtime/ops/cpu_kernels.h"
 #include "runtime/ops/ops.h"
 #ifdef SIDA_HAVE_CUDA
@@ -71,13 +72,6 @@ static json_t *describe_gpu(const sida_device_info *info) {
 }
 
 #ifdef SIDA_HAVE_CUDA
-/* A function pointer from dlsym's object pointer, as POSIX has it. */
-static bool find(void *from, void *function, const char *name) {
-    void *symbol = from ? dlsym(from, name) : NULL;
-    memcpy(function, &symbol, sizeof symbol);
-    return symbol != NULL;
-}
-
 /* "13.1.0.3", once it has been loaded as the ops do. */
 static json_t *cublas_version(void) {
     const sida_cublas *functions;
@@ -87,7 +81,8 @@ static json_t *cublas_version(void) {
     if (sida_cublas_load(&functions) != SIDA_OK) return json_string(sida_last_message());
     snprintf(name, sizeof name, "libcublas.so.%d", CUBLAS_VER_MAJOR);
     void *library = dlopen(name, RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
-    if (!find(library, &property, "cublasGetProperty")) return json_string("loads");
+    if (!library || !sida_symbol(library, &property, "cublasGetProperty"))
+        return json_string("loads");
     for (int i = 0; i < 3; i++) property(i, &v[i]); /* libraryPropertyType: major, minor, patch */
     snprintf(text, sizeof text, "%d.%d.%d", v[0], v[1], v[2]);
     dlclose(library);
@@ -95,15 +90,15 @@ static json_t *cublas_version(void) {
 }
 #endif
 
-/* Not used so far; version 9 numbers itself 10000 * major + 100 * minor + patch, 8 by thousands. */
+/* Training uses version 9, which numbers itself 10000 * major + 100 * minor + patch; 8 counts by
+ * thousands. */
 static json_t *cudnn_version(void) {
     static const char *const names[] = {"libcudnn.so.9", "libcudnn.so.8"};
     json_t *answer = json_null();
     for (int i = 0; i < 2 && json_is_null(answer); i++) {
         void *library = dlopen(names[i], RTLD_LAZY | RTLD_LOCAL);
         size_t (*version)(void) = NULL;
-        void *symbol = library ? dlsym(library, "cudnnGetVersion") : NULL;
-        memcpy(&version, &symbol, sizeof symbol);
+        if (library) (void)sida_symbol(library, &version, "cudnnGetVersion");
         size_t v = version ? version() : 0, major = i == 0 ? 10000 : 1000;
         if (v > 0) answer = json_sprintf("%zu.%zu.%zu", v / major, v % major / 100, v % 100);
         if (library) dlclose(library);
@@ -272,8 +267,9 @@ static void print_gpus(const json_t *cuda, double gib) {
     else
         printf("%-18s not built in\n", "cuda");
     printf("%-18s %s\n", "cudnn",
-           json_is_string(json_object_get(cuda, "cudnn")) ? text_of(cuda, "cudnn")
-                                                          : "not there (not needed)");
+           json_is_string(json_object_get(cuda, "cudnn"))
+               ? text_of(cuda, "cudnn")
+               : "not there (some LSTMs train on the CPU then)");
 }
 
 static void print_plain(const json_t *all) {
