@@ -1,63 +1,106 @@
-/* The training ops of a GPU (train_ops.h, rnn.h) on the host, over the CPU's ops: so that what
- * calls them is tested where there is no GPU. Every function keeps the contract in its header,
- * workspaces and thresholds included as far as they are handed from one call to another. */
-#include "formats/base/memory.h"
-#include "runtime/ops/lstm.h"
-#include "runtime/ops/lstm_train.h"
-#include "runtime/ops/rnn.h"
+/* The training ops of a GPU (train_ops.h, and in train_rnn_host.c rnn.h) on the host, over the
+ * CPU's ops: so that what calls them is tested where there is no GPU. Every function keeps the
+ * contract in its header, workspaces and thresholds included as far as they are handed from one
+ * call to another, and is run when its stream's turn comes (streams_host.h). */
 #include "runtime/ops/sparsemax.h"
 #include "runtime/ops/train_ops.h"
 #include "runtime/ops/transformer_train.h"
 #include "tests/attention_reference.h"
+#include "tests/streams_host.h"
 #include "tests/test.h"
 #include "trainer/loss.h"
 
 #include <math.h>
 #include <string.h>
 
+/* A workspace whose first bytes are 0, and stay so. */
+static void spoil(void *workspace, size_t zeros, size_t bytes) {
+    for (size_t i = 0; i < zeros; i++) assert_int_equal(((unsigned char *)workspace)[i], 0);
+    memset((char *)workspace + zeros, 0xff, bytes - zeros);
+}
+
+#define ISSUE(stream, run, ...) streams_host_issue(stream, run, &(__VA_ARGS__), sizeof(__VA_ARGS__))
+
+typedef struct zero_arguments {
+    void *data;
+    size_t bytes;
+} zero_arguments;
+static sida_status run_zero(const void *arguments) {
+    const zero_arguments *a = arguments;
+    memset(a->data, 0, a->bytes);
+    return SIDA_OK;
+}
 sida_status sida_zero_cuda(sida_stream *stream, void *data, size_t bytes) {
-    (void)stream;
-    memset(data, 0, bytes);
+    return ISSUE(stream, run_zero, (zero_arguments){data, bytes});
+}
+
+sida_status sida_beside_cuda(sida_stream *beside, sida_stream *stream) {
+    assert_true(beside != stream && beside->backend == stream->backend);
     return SIDA_OK;
 }
 
+static sida_status run_gemm(const void *arguments) {
+    sida_gemm_cpu(arguments);
+    return SIDA_OK;
+}
 sida_status sida_gemm_cuda(sida_stream *stream, const sida_gemm_call *call, bool tf32) {
-    (void)stream, (void)tf32;
-    sida_gemm_cpu(call);
-    return SIDA_OK;
+    (void)tf32;
+    return ISSUE(stream, run_gemm, *call);
 }
 
+static sida_status run_linear(const void *arguments) {
+    return sida_linear_gemm_cpu(NULL, arguments);
+}
 sida_status sida_linear_train_cuda(sida_stream *stream, float *y, const float *x, sida_weight w,
                                    const float *bias, sida_epilogue epilogue, int64_t n,
                                    bool tf32) {
     (void)tf32;
-    return sida_linear_gemm_cpu(stream, &(sida_linear_call){.y = y,
-                                                            .ldy = w.rows,
-                                                            .x = x,
-                                                            .ldx = w.cols,
-                                                            .n = n,
-                                                            .weight = w,
-                                                            .bias = bias,
-                                                            .scale = 1,
-                                                            .epilogue = epilogue});
+    return ISSUE(stream, run_linear,
+                 (sida_linear_call){.y = y,
+                                    .ldy = w.rows,
+                                    .x = x,
+                                    .ldx = w.cols,
+                                    .n = n,
+                                    .weight = w,
+                                    .bias = bias,
+                                    .scale = 1,
+                                    .epilogue = epilogue});
 }
 
+typedef struct linear_backward_arguments {
+    sida_linear_backward_call call;
+    float *workspace;
+} linear_backward_arguments;
+static sida_status run_linear_backward(const void *arguments) {
+    const linear_backward_arguments *a = arguments;
+    spoil(a->workspace, SIDA_COLUMN_SUM_COUNTS, SIDA_COLUMN_SUM_BYTES(a->call.weight.rows));
+    sida_linear_backward_cpu(&a->call);
+    return SIDA_OK;
+}
 sida_status sida_linear_backward_cuda(sida_stream *stream, const sida_linear_backward_call *call,
                                       bool tf32, float *workspace) {
-    (void)stream, (void)tf32;
-    memset(workspace, 0xff, SIDA_COLUMN_SUM_BYTES(call->weight.rows));
-    sida_linear_backward_cpu(call);
-    return SIDA_OK;
+    (void)tf32;
+    return ISSUE(stream, run_linear_backward, (linear_backward_arguments){*call, workspace});
 }
 
+typedef struct column_sum_arguments {
+    float *out, *x;
+    const float *activated;
+    int64_t rows, cols;
+    float *workspace;
+} column_sum_arguments;
+static sida_status run_column_sum(const void *arguments) {
+    const column_sum_arguments *a = arguments;
+    spoil(a->workspace, SIDA_COLUMN_SUM_COUNTS, SIDA_COLUMN_SUM_BYTES(a->cols));
+    for (int64_t i = 0; a->activated && i < a->rows * a->cols; i++)
+        if (a->activated[i] == 0) a->x[i] = 0;
+    if (a->out) sida_column_sum_cpu(a->out, a->x, a->rows, a->cols);
+    return SIDA_OK;
+}
 sida_status sida_column_sum_cuda(sida_stream *stream, float *out, float *x, const float *activated,
                                  int64_t rows, int64_t cols, float *workspace) {
-    (void)stream;
-    memset(workspace, 0xff, SIDA_COLUMN_SUM_BYTES(cols));
-    for (int64_t i = 0; activated && i < rows * cols; i++)
-        if (activated[i] == 0) x[i] = 0;
-    if (out) sida_column_sum_cpu(out, x, rows, cols);
-    return SIDA_OK;
+    return ISSUE(stream, run_column_sum,
+                 (column_sum_arguments){out, x, activated, rows, cols, workspace});
 }
 
 /* --- attention, a sequence at a time */
@@ -144,29 +187,38 @@ static void attend_all(const sida_sparsemax_train_call *q, float *d_queries, flo
     for (int32_t s = 0; s < q->sequences; s++) attend(q, s, d_queries, d_memory, d_out);
 }
 
-sida_status sida_sparsemax_train_forward_cuda(sida_stream *stream,
-                                              const sida_sparsemax_train_call *call) {
-    (void)stream;
-    attend_all(call, NULL, NULL, NULL);
+typedef struct attend_arguments {
+    sida_sparsemax_train_call call;
+    float *d_queries, *d_memory;
+    const float *d_out;
+} attend_arguments;
+static sida_status run_attend(const void *arguments) {
+    const attend_arguments *a = arguments;
+    attend_all(&a->call, a->d_queries, a->d_memory, a->d_out);
     return SIDA_OK;
 }
-
+sida_status sida_sparsemax_train_forward_cuda(sida_stream *stream,
+                                              const sida_sparsemax_train_call *call) {
+    if (call->out_ready) assert_int_equal(sida_stream_wait(stream, call->out_ready), SIDA_OK);
+    return ISSUE(stream, run_attend, (attend_arguments){.call = *call});
+}
 sida_status sida_sparsemax_train_backward_cuda(sida_stream *stream, float *d_queries,
                                                float *d_memory, const float *d_out,
                                                const sida_sparsemax_train_call *call) {
-    (void)stream;
-    attend_all(call, d_queries, d_memory, d_out);
-    return SIDA_OK;
+    return ISSUE(stream, run_attend, (attend_arguments){*call, d_queries, d_memory, d_out});
 }
 
 /* --- of a Transformer */
 
-sida_status sida_norm_train_backward_cuda(sida_stream *stream, const sida_norm_train_call *call) {
-    (void)stream;
+static sida_status run_norm_backward(const void *arguments) {
+    const sida_norm_train_call *call = arguments;
     reference_norm_backward(call);
-    memset(call->workspace, 0xff, SIDA_COLUMN_SUM_BYTES(call->width));
+    spoil(call->workspace, SIDA_COLUMN_SUM_COUNTS, SIDA_COLUMN_SUM_BYTES(call->width));
     memset(call->d_y, 0xff, (size_t)(call->n * call->width) * sizeof(float));
     return SIDA_OK;
+}
+sida_status sida_norm_train_backward_cuda(sida_stream *stream, const sida_norm_train_call *call) {
+    return ISSUE(stream, run_norm_backward, *call);
 }
 
 size_t sida_attention_train_bytes(int32_t sequences, int32_t q_longest, int32_t k_longest,
@@ -184,28 +236,33 @@ static void spoil_workspace(const sida_attention_train_call *c, bool backward) {
         assert_true(c->q.count[s] <= c->q.longest && c->k.count[s] <= c->k.longest);
 }
 
-sida_status sida_attention_train_forward_cuda(sida_stream *stream,
-                                              const sida_attention_train_call *call) {
-    (void)stream;
-    spoil_workspace(call, false);
-    reference_attention(NULL, NULL, NULL, NULL, call);
+typedef struct attention_arguments {
+    sida_attention_train_call call;
+    float *d_queries, *d_key_value, *d_positions;
+    const float *d_out;
+} attention_arguments;
+static sida_status run_attention(const void *arguments) {
+    const attention_arguments *a = arguments;
+    spoil_workspace(&a->call, a->d_out != NULL);
+    reference_attention(a->d_queries, a->d_key_value, a->d_positions, a->d_out, &a->call);
     return SIDA_OK;
 }
-
+sida_status sida_attention_train_forward_cuda(sida_stream *stream,
+                                              const sida_attention_train_call *call) {
+    return ISSUE(stream, run_attention, (attention_arguments){.call = *call});
+}
 sida_status sida_attention_train_backward_cuda(sida_stream *stream, float *d_queries,
                                                float *d_key_value, float *d_positions,
                                                const float *d_out,
                                                const sida_attention_train_call *call) {
-    (void)stream;
-    spoil_workspace(call, true);
-    reference_attention(d_queries, d_key_value, d_positions, d_out, call);
-    return SIDA_OK;
+    return ISSUE(stream, run_attention,
+                 (attention_arguments){*call, d_queries, d_key_value, d_positions, d_out});
 }
 
 /* --- loss and the end of a step */
 
-sida_status sida_loss_cuda(sida_stream *stream, const sida_loss_cuda_call *q) {
-    (void)stream;
+static sida_status run_loss(const void *arguments) {
+    const sida_loss_cuda_call *q = arguments;
     double sum, *losses = calloc((size_t)(q->rows * q->layers) + 1, sizeof *losses);
     int64_t width = (int64_t)q->layers * q->experts, list = (int64_t)q->layers * q->top;
     float *logits = calloc((size_t)(q->rows * width) + 1, sizeof *logits);
@@ -250,20 +307,36 @@ sida_status sida_loss_cuda(sida_stream *stream, const sida_loss_cuda_call *q) {
     return status;
 }
 
+sida_status sida_loss_cuda(sida_stream *stream, const sida_loss_cuda_call *call) {
+    return ISSUE(stream, run_loss, *call);
+}
+
+typedef struct finish_arguments {
+    sida_train_result *result;
+    const double *partials[2];
+    const float *gradient;
+    int64_t count;
+    void *workspace;
+} finish_arguments;
+static sida_status run_finish(const void *arguments) {
+    const finish_arguments *a = arguments;
+    double sum = 0;
+    spoil(a->workspace, SIDA_TRAIN_FINISH_COUNT, SIDA_TRAIN_FINISH_BYTES);
+    *a->result = (sida_train_result){.finite = 1};
+    for (int side = 0; side < 2; side++)
+        for (int i = 0; a->partials[side] && i < SIDA_TRAIN_PARTIALS; i++)
+            a->result->losses[side] += a->partials[side][i];
+    for (int64_t i = 0; i < a->count; i++) sum += (double)a->gradient[i] * (double)a->gradient[i];
+    a->result->norm = sqrt(sum);
+    a->result->finite = isfinite(a->result->losses[0] + a->result->losses[1] + a->result->norm);
+    return SIDA_OK;
+}
 sida_status sida_train_finish_cuda(sida_stream *stream, sida_train_result *result,
                                    const double *const loss_partials[2], const float *gradient,
-                                   int64_t count, double *workspace) {
-    (void)stream;
-    double sum = 0;
-    memset(workspace, 0xff, SIDA_TRAIN_PARTIALS * sizeof *workspace);
-    *result = (sida_train_result){.finite = 1};
-    for (int side = 0; side < 2; side++)
-        for (int i = 0; loss_partials[side] && i < SIDA_TRAIN_PARTIALS; i++)
-            result->losses[side] += loss_partials[side][i];
-    for (int64_t i = 0; i < count; i++) sum += (double)gradient[i] * (double)gradient[i];
-    result->norm = sqrt(sum);
-    result->finite = isfinite(result->losses[0] + result->losses[1] + result->norm);
-    return SIDA_OK;
+                                   int64_t count, void *workspace) {
+    return ISSUE(stream, run_finish,
+                 (finish_arguments){
+                     result, {loss_partials[0], loss_partials[1]}, gradient, count, workspace});
 }
 
 sida_adamw_scalars sida_adamw_scalars_of(double beta1, double beta2, double epsilon, double lr,
@@ -279,275 +352,32 @@ sida_adamw_scalars sida_adamw_scalars_of(double beta1, double beta2, double epsi
                                 .clip = clip};
 }
 
+typedef struct adamw_arguments {
+    float *parameters, *first, *second, *gradient;
+    int64_t count;
+    sida_adamw_scalars scalars;
+    const sida_train_result *result;
+    bool zero_gradient;
+} adamw_arguments;
+static sida_status run_adamw(const void *arguments) {
+    const adamw_arguments *a = arguments;
+    const sida_adamw_scalars *s = &a->scalars;
+    const double norm = a->result->norm;
+    float factor = s->clip > 0 && norm > s->clip ? (float)(s->clip / norm) : 1.0f;
+    for (int64_t i = 0; a->result->finite != 0 && i < a->count; i++) {
+        float g = a->gradient[i] * factor, *first = &a->first[i], *second = &a->second[i];
+        *first = s->beta1 * *first + s->rest1 * g;
+        *second = s->beta2 * *second + s->rest2 * g * g;
+        a->parameters[i] = a->parameters[i] * s->decay -
+                           s->rate * *first / (sqrtf(*second) / s->root + s->epsilon);
+    }
+    if (a->zero_gradient) memset(a->gradient, 0, (size_t)a->count * sizeof *a->gradient);
+    return SIDA_OK;
+}
 sida_status sida_adamw_cuda(sida_stream *stream, float *parameters, float *first, float *second,
-                            float *gradient, int64_t count, const sida_adamw_scalars *s,
+                            float *gradient, int64_t count, const sida_adamw_scalars *scalars,
                             const sida_train_result *result, bool zero_gradient) {
-    (void)stream;
-    float factor = s->clip > 0 && result->norm > s->clip ? (float)(s->clip / result->norm) : 1.0f;
-    for (int64_t i = 0; result->finite != 0 && i < count; i++) {
-        float g = gradient[i] * factor;
-        first[i] = s->beta1 * first[i] + s->rest1 * g;
-        second[i] = s->beta2 * second[i] + s->rest2 * g * g;
-        parameters[i] = parameters[i] * s->decay -
-                        s->rate * first[i] / (sqrtf(second[i]) / s->root + s->epsilon);
-    }
-    if (zero_gradient) memset(gradient, 0, (size_t)count * sizeof *gradient);
-    return SIDA_OK;
-}
-
-/* --- the LSTM: the CPU's op, layer by layer, on rows that lie end to end */
-
-struct sida_rnn {
-    sida_rnn_options options;
-    sida_buffer *reserve; /* counts against the cap */
-    int32_t *lengths, sequences;
-    int64_t *offsets, rows;
-    float *x, *y, *d, *below, *gates[SIDA_RNN_LAYERS_MAX], *cells[SIDA_RNN_LAYERS_MAX],
-        *out[SIDA_RNN_LAYERS_MAX], *d_gates, *workspace, *gradient;
-};
-
-bool sida_rnn_built(void) {
-    return true;
-}
-
-static int directions(const sida_rnn *rnn) {
-    return rnn->options.bidirectional ? 2 : 1;
-}
-static int32_t units(const sida_rnn *rnn) {
-    return rnn->options.hidden / directions(rnn);
-}
-static int cells(const sida_rnn *rnn) { /* layer by layer, in each the forward one first */
-    return rnn->options.layers * directions(rnn);
-}
-
-/* Floats of the parts of a direction of a layer, with a gap as cuDNN may have them. */
-enum { GAP = 24 };
-static int64_t cell_items(const sida_rnn *rnn) {
-    int64_t h = rnn->options.hidden, u = units(rnn);
-    return 4 * u * (h + u) + 8 * u + GAP;
-}
-
-sida_status sida_rnn_create(sida_rnn **out, sida_stream *stream, const sida_rnn_options *options) {
-    int64_t n = options->tokens, h = options->hidden, s = options->sequences;
-    sida_rnn *rnn = calloc(1, sizeof *rnn);
-    *out = NULL;
-    rnn->options = *options;
-    sida_status status =
-        sida_buffer_create(stream->backend, &rnn->reserve, SIDA_MEMORY_DEVICE,
-                           (size_t)(n * h * 6 * options->layers) * sizeof(float), "the LSTM");
-    if (status != SIDA_OK) {
-        free(rnn);
-        return status;
-    }
-    rnn->lengths = calloc((size_t)s, sizeof *rnn->lengths);
-    rnn->offsets = calloc((size_t)s + 1, sizeof *rnn->offsets);
-    rnn->x = calloc((size_t)(n * h), sizeof(float));
-    rnn->y = calloc((size_t)(n * h), sizeof(float));
-    rnn->d = calloc((size_t)(n * h), sizeof(float));
-    rnn->below = calloc((size_t)(n * h), sizeof(float));
-    for (int l = 0; l < options->layers; l++) {
-        rnn->gates[l] = calloc((size_t)(n * 4 * h), sizeof(float));
-        rnn->cells[l] = calloc((size_t)(n * h), sizeof(float));
-        rnn->out[l] = calloc((size_t)(n * h), sizeof(float));
-    }
-    rnn->d_gates = calloc((size_t)(n * 4 * h), sizeof(float));
-    rnn->workspace = calloc((size_t)((n + 6 * s) * h), sizeof(float));
-    rnn->gradient = calloc((size_t)(cell_items(rnn) * cells(rnn)), sizeof(float));
-    *out = rnn;
-    return SIDA_OK;
-}
-
-void sida_rnn_destroy(sida_rnn *rnn) {
-    if (!rnn) return;
-    sida_buffer_destroy(rnn->reserve);
-    for (int l = 0; l < rnn->options.layers; l++) {
-        free(rnn->gates[l]);
-        free(rnn->cells[l]);
-        free(rnn->out[l]);
-    }
-    free(rnn->lengths);
-    free(rnn->offsets);
-    free(rnn->x);
-    free(rnn->y);
-    free(rnn->d);
-    free(rnn->below);
-    free(rnn->d_gates);
-    free(rnn->workspace);
-    free(rnn->gradient);
-    free(rnn);
-}
-
-size_t sida_rnn_bytes(const sida_rnn *rnn) {
-    return rnn->reserve->bytes;
-}
-int64_t sida_rnn_weight_items(const sida_rnn *rnn) {
-    return cell_items(rnn) * cells(rnn);
-}
-
-/* Biases first: unlike the state's order. */
-static sida_rnn_weights view(const sida_rnn *rnn, float *space, int cell) {
-    int64_t u = units(rnn);
-    float *at = space + cell * cell_items(rnn);
-    return (sida_rnn_weights){.recurrent_bias = at,
-                              .input_bias = at + 4 * u,
-                              .recurrent_weight = at + 8 * u + GAP,
-                              .input_weight = at + 8 * u + GAP + 4 * u * u};
-}
-
-static void move(const sida_rnn *rnn, const sida_rnn_weights *weights, float *space, bool back) {
-    size_t h = (size_t)rnn->options.hidden, u = (size_t)units(rnn);
-    const size_t items[4] = {4 * u * h, 4 * u * u, 4 * u, 4 * u};
-    for (int cell = 0; cell < cells(rnn); cell++) {
-        sida_rnn_weights ours = view(rnn, space, cell), theirs = weights[cell];
-        float *const pairs[4][2] = {{ours.input_weight, theirs.input_weight},
-                                    {ours.recurrent_weight, theirs.recurrent_weight},
-                                    {ours.input_bias, theirs.input_bias},
-                                    {ours.recurrent_bias, theirs.recurrent_bias}};
-        for (int i = 0; i < 4; i++)
-            memcpy(pairs[i][back], pairs[i][!back], items[i] * sizeof(float));
-    }
-}
-void sida_rnn_pack(const sida_rnn *rnn, float *space, const sida_rnn_weights *weights) {
-    memset(space, 0, (size_t)sida_rnn_weight_items(rnn) * sizeof(float));
-    move(rnn, weights, space, false);
-}
-void sida_rnn_unpack(const sida_rnn *rnn, const sida_rnn_weights *weights, const float *space) {
-    move(rnn, weights, (float *)(uintptr_t)space, true);
-}
-
-void sida_rnn_set_rows(sida_rnn *rnn, const sida_row_map *rows, int32_t sequences) {
-    assert_int_equal(rows->longest, rnn->sequences > 0 ? rnn->lengths[0] : 0);
-    assert_int_equal(sequences, rnn->sequences);
-}
-
-bool sida_lstm_train_possible(const sida_backend *backend, int32_t units) {
-    (void)backend;
-    return units < 0; /* the LSTM above is cuDNN's double */
-}
-
-sida_status sida_rnn_set_lengths(sida_rnn *rnn, const int32_t *lengths, int32_t sequences) {
-    assert_true(sequences <= rnn->options.sequences);
-    rnn->sequences = 0;
-    rnn->rows = 0;
-    for (int32_t s = 0; s < sequences; s++) {
-        assert_true(s == 0 || lengths[s] <= lengths[s - 1]);
-        rnn->lengths[s] = lengths[s];
-        rnn->rows += lengths[s];
-        rnn->offsets[s + 1] = rnn->rows;
-        rnn->sequences += lengths[s] > 0;
-    }
-    assert_true(rnn->rows <= rnn->options.tokens && sida_rnn_longest(rnn) <= rnn->options.longest);
-    return SIDA_OK;
-}
-int64_t sida_rnn_rows(const sida_rnn *rnn) {
-    return rnn->rows;
-}
-int32_t sida_rnn_longest(const sida_rnn *rnn) {
-    return rnn->sequences > 0 ? rnn->lengths[0] : 0;
-}
-void sida_rnn_steps(const sida_rnn *rnn, int32_t *step) {
-    step[0] = 0;
-    for (int32_t t = 0; t < sida_rnn_longest(rnn); t++) {
-        step[t + 1] = step[t];
-        for (int32_t s = 0; s < rnn->sequences; s++) step[t + 1] += rnn->lengths[s] > t;
-    }
-}
-
-/* Between rows in time's order and rows end to end. */
-static void reorder(const sida_rnn *rnn, float *to, const float *from, bool back) {
-    size_t h = (size_t)rnn->options.hidden;
-    int32_t *step = calloc((size_t)sida_rnn_longest(rnn) + 1, sizeof *step);
-    sida_rnn_steps(rnn, step);
-    for (int32_t s = 0; s < rnn->sequences; s++)
-        for (int32_t t = 0; t < rnn->lengths[s]; t++) {
-            size_t ours = (size_t)(rnn->offsets[s] + t) * h, theirs = (size_t)(step[t] + s) * h;
-            memcpy(to + (back ? theirs : ours), from + (back ? ours : theirs), h * sizeof *to);
-        }
-    free(step);
-}
-
-static sida_weight matrix(const sida_rnn *rnn, const float *data, int64_t cols) {
-    return (sida_weight){data, SIDA_F32, 4 * (int64_t)units(rnn), cols};
-}
-
-sida_status sida_rnn_forward(sida_rnn *rnn, float *y, const float *x, const float *weights) {
-    int32_t h = rnn->options.hidden, u = units(rnn);
-    reorder(rnn, rnn->x, x, false);
-    for (int cell = 0; cell < cells(rnn); cell++) {
-        int l = cell / directions(rnn), way = cell % directions(rnn);
-        sida_rnn_weights w = view(rnn, (float *)(uintptr_t)weights, cell);
-        float *gates = rnn->gates[l] + way * rnn->rows * 4 * u;
-        assert_int_equal(sida_linear_train_cuda(NULL, gates, l ? rnn->out[l - 1] : rnn->x,
-                                                matrix(rnn, w.input_weight, h), w.input_bias,
-                                                SIDA_EPILOGUE_NONE, rnn->rows, false),
-                         SIDA_OK);
-        assert_int_equal(
-            sida_lstm_cpu(NULL, &(sida_lstm_call){.out = rnn->out[l] + way * u,
-                                                  .ldo = h,
-                                                  .gates = gates,
-                                                  .cells = rnn->cells[l] + way * rnn->rows * u,
-                                                  .recurrent = matrix(rnn, w.recurrent_weight, u),
-                                                  .bias = w.recurrent_bias,
-                                                  .sequences = rnn->sequences,
-                                                  .hidden = u,
-                                                  .offsets = rnn->offsets,
-                                                  .reverse = way == 1,
-                                                  .workspace = rnn->workspace,
-                                                  .linear = sida_linear_gemm_cpu}),
-            SIDA_OK);
-    }
-    reorder(rnn, y, rnn->out[rnn->options.layers - 1], true);
-    return SIDA_OK;
-}
-
-sida_status sida_rnn_backward_data(sida_rnn *rnn, float *d_x, const float *d_y, const float *y,
-                                   const float *weights) {
-    int32_t h = rnn->options.hidden, u = units(rnn);
-    (void)y;
-    memset(rnn->gradient, 0, (size_t)sida_rnn_weight_items(rnn) * sizeof(float));
-    reorder(rnn, rnn->d, d_y, false);
-    for (int l = rnn->options.layers - 1; l >= 0; l--) {
-        memset(rnn->below, 0, (size_t)(rnn->rows * h) * sizeof(float));
-        for (int way = 0; way < directions(rnn); way++) {
-            int cell = l * directions(rnn) + way;
-            sida_rnn_weights w = view(rnn, (float *)(uintptr_t)weights, cell),
-                             g = view(rnn, rnn->gradient, cell);
-            assert_int_equal(sida_lstm_backward_cpu(&(sida_lstm_backward_call){
-                                 .d_gates = rnn->d_gates,
-                                 .d_recurrent = g.recurrent_weight,
-                                 .d_bias = g.recurrent_bias,
-                                 .d_out = rnn->d + way * u,
-                                 .out = rnn->out[l] + way * u,
-                                 .ldo = h,
-                                 .gates = rnn->gates[l] + way * rnn->rows * 4 * u,
-                                 .cells = rnn->cells[l] + way * rnn->rows * u,
-                                 .recurrent = matrix(rnn, w.recurrent_weight, u),
-                                 .sequences = rnn->sequences,
-                                 .hidden = u,
-                                 .offsets = rnn->offsets,
-                                 .reverse = way == 1,
-                                 .workspace = rnn->workspace}),
-                             SIDA_OK);
-            sida_linear_backward_cpu(
-                &(sida_linear_backward_call){.d_x = rnn->below,
-                                             .d_weight = g.input_weight,
-                                             .d_bias = g.input_bias,
-                                             .d_y = rnn->d_gates,
-                                             .x = l ? rnn->out[l - 1] : rnn->x,
-                                             .weight = matrix(rnn, w.input_weight, h),
-                                             .n = rnn->rows});
-        }
-        float *other = rnn->d;
-        rnn->d = rnn->below;
-        rnn->below = other;
-    }
-    reorder(rnn, d_x, rnn->d, true);
-    return SIDA_OK;
-}
-
-sida_status sida_rnn_backward_weights(sida_rnn *rnn, float *d_weights, const float *x,
-                                      const float *y) {
-    (void)x, (void)y;
-    for (int64_t i = 0; i < sida_rnn_weight_items(rnn); i++) d_weights[i] += rnn->gradient[i];
-    return SIDA_OK;
+    return ISSUE(stream, run_adamw,
+                 (adamw_arguments){parameters, first, second, gradient, count, *scalars, result,
+                                   zero_gradient});
 }

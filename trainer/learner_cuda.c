@@ -34,9 +34,8 @@ typedef struct cuda_learner {
 
 static void destroy(sida_learner *base) {
     cuda_learner *learner = (cuda_learner *)base;
-    if (learner->stream) (void)sida_stream_synchronize(learner->stream);
+    sida_step_cuda_destroy(learner->step); /* waits for what reads the feed's buffers */
     sida_feed_destroy(learner->feed);
-    sida_step_cuda_destroy(learner->step);
     sida_stream_destroy(learner->stream);
     free(learner->rows);
     free(learner);
@@ -113,7 +112,7 @@ static sida_status take_step(sida_learner *base, int32_t count, double rate) {
     float scale = pairs > 0 ? 1.0f / (float)pairs : 0;
     for (int32_t first = 0; first < count; first += learner->part) {
         sida_feed_part *part;
-        SIDA_TRY(sida_feed_take(learner->feed, learner->stream, &part));
+        SIDA_TRY(sida_feed_take(learner->feed, sida_step_cuda_reader(learner->step), &part));
         SIDA_TRY(sida_step_cuda_add(learner->step, part, scale));
         SIDA_TRY(sida_feed_give(learner->feed, learner->stream, part));
     }

@@ -45,6 +45,10 @@ sida_status sida_step_cuda_create(sida_step_cuda **out, sida_stream *stream,
     SIDA_TRY(SIDA_ALLOC(&step->places, step->net->tensor_count, "a training step"));
     for (int i = 0; i < SIDA_STEPS_AHEAD; i++)
         SIDA_TRY(sida_event_create(stream->backend, &step->done[i]));
+    SIDA_TRY(sida_event_create(stream->backend, &step->beside.fork));
+    SIDA_TRY(sida_event_create(stream->backend, &step->beside.mark));
+    SIDA_TRY(sida_stream_create(stream->backend, &step->beside.stream, SIDA_STREAM_BESIDE));
+    SIDA_TRY(sida_beside_cuda(step->beside.stream, stream));
     SIDA_TRY(copy_embedding(step, embedding));
     *out = step;
     step = NULL;
@@ -53,8 +57,16 @@ out:
     return status;
 }
 
+static sida_status wait_for_all(const sida_step_cuda *step) {
+    sida_status status = sida_stream_synchronize(step->stream);
+    sida_status beside =
+        step->beside.stream ? sida_stream_synchronize(step->beside.stream) : SIDA_OK;
+    return status != SIDA_OK ? status : beside;
+}
+
 void sida_step_cuda_destroy(sida_step_cuda *step) {
     if (!step) return;
+    (void)wait_for_all(step);
     for (int i = 0; i < SIDA_STEPS_AHEAD; i++) sida_event_destroy(step->done[i]);
     if (step->kind && step->kind->release) step->kind->release(step);
     sida_buffer_destroy(step->parameters);
@@ -62,6 +74,9 @@ void sida_step_cuda_destroy(sida_step_cuda *step) {
     sida_buffer_destroy(step->embedding);
     sida_buffer_destroy(step->work);
     sida_buffer_destroy(step->host);
+    sida_stream_destroy(step->beside.stream);
+    sida_event_destroy(step->beside.fork);
+    sida_event_destroy(step->beside.mark);
     sida_net_destroy(step->net);
     free(step->places);
     free(step);
@@ -171,23 +186,21 @@ static void lay_work(sida_step_cuda *step, sida_step_layout *at, const sida_feed
     step->kind->lay(step, at, limits);
     step->scratch_bytes = scratch_bytes(step, limits);
     step->scratch = sida_step_area(at, (int64_t)step->scratch_bytes, 1, 1);
-    step->sums = sida_step_area(
-        at, (int64_t)SIDA_COLUMN_SUM_BYTES(sida_step_larger(outputs, step->kind->widest(step))), 1,
-        1);
+    int64_t sums =
+        (int64_t)SIDA_COLUMN_SUM_BYTES(sida_step_larger(outputs, step->kind->widest(step)));
+    step->sums = sida_step_area(at, sums, 1, 1);
+    step->beside.sums = sida_step_area(at, sums, 1, 1);
     for (int side = 0; side < 2; side++)
         step->partials[side] = sida_step_area(at, SIDA_TRAIN_PARTIALS, 1, sizeof(double));
-    step->partial_norm = sida_step_area(at, SIDA_TRAIN_PARTIALS, 1, sizeof(double));
-    step->scalars = sida_step_area(at, 1, 1, sizeof *step->scalars);
+    step->finish = sida_step_area(at, SIDA_TRAIN_FINISH_BYTES, 1, 1);
     for (int i = 0; i < SIDA_STEPS_AHEAD; i++)
         step->results[i] = sida_step_area(at, step->results_most, 1, sizeof **step->results);
 }
 
 static void lay_host(sida_step_cuda *step, sida_step_layout *at) {
-    for (int i = 0; i < SIDA_STEPS_AHEAD; i++) {
-        step->host_scalars[i] = sida_step_area(at, 1, 1, sizeof **step->host_scalars);
+    for (int i = 0; i < SIDA_STEPS_AHEAD; i++)
         step->host_results[i] =
             sida_step_area(at, step->results_most, 1, sizeof **step->host_results);
-    }
 }
 
 static bool covers(const sida_feed_limits *a, const sida_feed_limits *b) {
@@ -202,7 +215,7 @@ sida_status sida_step_cuda_reserve(sida_step_cuda *step, const sida_feed_limits 
     sida_backend *backend = step->stream->backend;
     sida_step_layout at = {0}, host = {0};
     if (step->host && covers(&step->limits, limits)) return SIDA_OK;
-    SIDA_TRY(sida_stream_synchronize(step->stream));
+    SIDA_TRY(wait_for_all(step));
     /* What is there goes first: the two do not have to fit together. */
     sida_buffer_destroy(step->work);
     sida_buffer_destroy(step->host);
@@ -215,6 +228,9 @@ sida_status sida_step_cuda_reserve(sida_step_cuda *step, const sida_feed_limits 
     SIDA_TRY(sida_buffer_create(backend, &step->work, SIDA_MEMORY_DEVICE, at.used,
                                 "a training step's activations"));
     lay_work(step, &(sida_step_layout){.base = step->work->data}, limits);
+    SIDA_TRY(sida_zero_cuda(step->stream, step->sums, SIDA_COLUMN_SUM_COUNTS));
+    SIDA_TRY(sida_zero_cuda(step->stream, step->beside.sums, SIDA_COLUMN_SUM_COUNTS));
+    SIDA_TRY(sida_zero_cuda(step->stream, step->finish, SIDA_TRAIN_FINISH_COUNT));
     lay_host(step, &host);
     SIDA_TRY(sida_buffer_create(backend, &step->host, SIDA_MEMORY_HOST, host.used,
                                 "a training step's results"));

@@ -1,6 +1,6 @@
 /* One step of training on a GPU: parameters, their gradient and AdamW's moments live there, and so
- * does everything between a minibatch and the moved parameters. Work is issued to one stream; only
- * the functions that say so wait for it. */
+ * does everything between a minibatch and the moved parameters. Work is issued to the given stream
+ * and to one beside it (step_cuda_private.h); only the functions that say so wait for it. */
 #ifndef SIDA_TRAINER_STEP_CUDA_H
 #define SIDA_TRAINER_STEP_CUDA_H
 
@@ -24,9 +24,9 @@ typedef struct sida_step_cuda_options {
 sida_status sida_step_cuda_create(sida_step_cuda **out, sida_stream *stream,
                                   const sida_net_config *config, sida_weight embedding,
                                   const sida_step_cuda_options *options);
-void sida_step_cuda_destroy(sida_step_cuda *step); /* its work must have ended; takes NULL */
+void sida_step_cuda_destroy(sida_step_cuda *step); /* waits for its work; takes NULL */
 
-/* Takes the memory for such parts; waits for the stream where it has to take more. BUDGET where the
+/* Takes the memory for such parts; waits for its work where it has to take more. BUDGET where the
  * device has not so much. Call before all others. */
 sida_status sida_step_cuda_reserve(sida_step_cuda *step, const sida_feed_limits *limits);
 
@@ -34,6 +34,9 @@ sida_status sida_step_cuda_reserve(sida_step_cuda *step, const sida_feed_limits 
 sida_status sida_step_cuda_upload(sida_step_cuda *step, const sida_train_state *state);
 sida_status sida_step_cuda_download(sida_step_cuda *step, sida_train_state *state);
 
+/* The stream that reads a part first: it, and by it the step, waits for the part's upload. What
+ * reads the part has ended once the given stream has done the step's work. */
+sida_stream *sida_step_cuda_reader(sida_step_cuda *step);
 /* Adds a part of a step: its gradient, times scale, and its losses. */
 sida_status sida_step_cuda_add(sida_step_cuda *step, const sida_feed_part *part, float scale);
 /* Ends a step: clips, and moves the parameters with learning rate `rate`; number is 1 for the first

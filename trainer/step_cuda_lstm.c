@@ -28,9 +28,9 @@ static sida_status reserve(sida_step_cuda *step, const sida_feed_limits *limits)
                                 .sequences = limits->sequences,
                                 .longest = (int32_t)sida_step_larger(limits->longest[side], 1),
                                 .tokens = sida_step_larger(limits->tokens[side], 1),
-                                .layout = SIDA_RNN_PACKED,
                                 .algorithm = own ? SIDA_RNN_CLUSTER : SIDA_RNN_STANDARD,
                                 .tf32 = step->options.tf32,
+                                .gradient_stream = step->beside.stream,
                                 .beside = side == 1 && !own && !step->lstm.in_place[0]
                                               ? step->lstm.rnn[0]
                                               : NULL}));
@@ -73,7 +73,8 @@ static float *weights(const sida_step_side *q, int which) {
     return sida_step_array(q->step, which) + q->step->lstms[q->side];
 }
 
-/* Everything below the attention; without one, all that the heads read. */
+/* Everything below the attention, and the residual to which it adds beside its first products;
+ * without an attention, all that the heads read. */
 static sida_status run_trunk(const sida_step_side *q) {
     sida_status status = SIDA_OK;
     sida_step_cuda *step = q->step;
@@ -81,20 +82,26 @@ static sida_status run_trunk(const sida_step_side *q) {
     sida_rnn *rnn = step->lstm.rnn[q->side];
     float *compressed = q->a->of.lstm.compressed, *out = q->a->of.lstm.out;
     const sida_row_map rows_of = sida_step_rows(q);
+    const sida_step_side beside = sida_step_beside(q);
     SIDA_TRY(sida_rnn_set_lengths(rnn, q->rows->lengths, q->rows->sequences));
     assert(sida_rnn_rows(rnn) == q->n);
     sida_rnn_set_rows(rnn, &rows_of, q->rows->sequences);
     for (int64_t first = 0; first < q->n; first += SIDA_STEP_CHUNK_ROWS) {
-        int64_t rows = sida_step_smaller(q->n - first, SIDA_STEP_CHUNK_ROWS);
-        SIDA_TRY(sida_step_embed(q, step->scratch, first, rows));
+        SIDA_TRY(sida_step_embed_forward(q, first));
         SIDA_TRY(sida_step_linear(q, compressed + first * step->config.hidden, step->scratch,
-                                  &trunk->compress, SIDA_EPILOGUE_RELU, rows));
+                                  &trunk->compress, SIDA_EPILOGUE_RELU, sida_step_chunk(q, first)));
     }
     SIDA_TRY(sida_rnn_forward(rnn, out, compressed, weights(q, SIDA_STEP_PARAMETERS)));
-    if (!attends(q))
+    if (!attends(q)) {
         SIDA_TRY(sida_copy(step->stream, q->a->mixed, out, sida_step_activation_bytes(q)));
-    SIDA_TRY(sida_step_linear(q, q->a->mixed, compressed, &trunk->residual,
-                              attends(q) ? SIDA_EPILOGUE_NONE : SIDA_EPILOGUE_ADD, q->n));
+        SIDA_TRY(sida_step_linear(q, q->a->mixed, compressed, &trunk->residual, SIDA_EPILOGUE_ADD,
+                                  q->n));
+        goto out;
+    }
+    SIDA_TRY(sida_step_fork(step));
+    SIDA_TRY(sida_step_linear(&beside, q->a->mixed, compressed, &trunk->residual,
+                              SIDA_EPILOGUE_NONE, q->n));
+    SIDA_TRY(sida_step_mark(step));
 out:
     return status;
 }
@@ -119,7 +126,8 @@ static sida_sparsemax_train_call attention(const sida_step_side *q, int keys) {
                                        .softmax = step->config.attention == SIDA_NET_SOFTMAX,
                                        .tf32 = step->options.tf32,
                                        .workspace = step->scratch,
-                                       .workspace_bytes = bytes};
+                                       .workspace_bytes = bytes,
+                                       .out_ready = self ? step->beside.mark : NULL};
 }
 
 /* Whether this side's queries see anything of the encoder. */
@@ -151,6 +159,10 @@ static sida_status backward(const sida_step_side *q) {
     const float *compressed = q->a->of.lstm.compressed, *out = q->a->of.lstm.out;
     float *d_out = q->a->d_out, *d_mixed = q->a->mixed;
     float *d_compressed = step->lstm.in_place[q->side] ? d_out : step->lstm.d_compressed;
+    const sida_step_side beside = sida_step_beside(q);
+    SIDA_TRY(sida_step_fork(step));
+    SIDA_TRY(sida_step_linear_backward(&beside, NULL, d_mixed, compressed, &trunk->residual, q->n,
+                                       true));
     if (attends(q)) {
         sida_sparsemax_train_call self = attention(q, q->side);
         SIDA_TRY(sida_sparsemax_train_backward_cuda(stream, d_out, d_out, d_mixed, &self));
@@ -162,19 +174,21 @@ static sida_status backward(const sida_step_side *q) {
         SIDA_TRY(sida_sparsemax_train_backward_cuda(stream, d_out, step->sides[0].d_out, d_mixed,
                                                     &cross));
     }
-    SIDA_TRY(
-        sida_rnn_backward_data(rnn, d_compressed, d_out, out, weights(q, SIDA_STEP_PARAMETERS)));
-    SIDA_TRY(sida_rnn_backward_weights(rnn, weights(q, SIDA_STEP_GRADIENT), compressed, out));
-    SIDA_TRY(sida_step_linear_backward(q, d_compressed, d_mixed, compressed, &trunk->residual, q->n,
-                                       true));
+    SIDA_TRY(sida_step_fork(step)); /* the attention has done with the scratch */
+    SIDA_TRY(sida_step_embed(&beside, 0));
+    SIDA_TRY(sida_step_mark(step));
+    SIDA_TRY(sida_rnn_backward(rnn, d_compressed, weights(q, SIDA_STEP_GRADIENT), d_out, compressed,
+                               out, weights(q, SIDA_STEP_PARAMETERS)));
+    SIDA_TRY(sida_step_input_gradient(q, d_compressed, d_mixed, &trunk->residual, q->n, true));
     SIDA_TRY(sida_column_sum_cuda(stream,
                                   sida_step_tensor(step, SIDA_STEP_GRADIENT, trunk->compress.bias),
                                   d_compressed, compressed, q->n, step->config.hidden, step->sums));
+    SIDA_TRY(sida_step_await(step));
     for (int64_t first = 0; first < q->n; first += SIDA_STEP_CHUNK_ROWS) {
-        int64_t rows = sida_step_smaller(q->n - first, SIDA_STEP_CHUNK_ROWS);
-        SIDA_TRY(sida_step_embed(q, step->scratch, first, rows));
+        if (first > 0) SIDA_TRY(sida_step_embed(q, first));
         SIDA_TRY(sida_step_linear_backward(q, NULL, d_compressed + first * step->config.hidden,
-                                           step->scratch, &trunk->compress, rows, false));
+                                           step->scratch, &trunk->compress,
+                                           sida_step_chunk(q, first), false));
     }
 out:
     return status;

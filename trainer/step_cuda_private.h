@@ -47,6 +47,13 @@ typedef struct sida_step_kind sida_step_kind;
 struct sida_step_cuda {
     const sida_step_kind *kind;
     sida_stream *stream;
+    /* The second stream, for what the first need not wait for: it fills the processors that a
+     * recurrence leaves, and the gaps between kernels. */
+    struct {
+        sida_stream *stream;
+        sida_event *fork, *mark;
+        float *sums; /* as below */
+    } beside;
     const sida_ops *ops;
     sida_net_config config;
     sida_net *net; /* shapes; its parameters are not used, but their addresses name tensors */
@@ -64,9 +71,9 @@ struct sida_step_cuda {
     float *d_outs; /* both sides' d_out */
     void *scratch; /* a chunk of embeddings or logits, or scores */
     size_t scratch_bytes;
-    float *sums;          /* of column sums */
-    double *partials[2];  /* a side's losses */
-    double *partial_norm; /* [SIDA_TRAIN_PARTIALS] */
+    float *sums;         /* of column sums */
+    double *partials[2]; /* a side's losses */
+    void *finish;        /* sida_train_finish_cuda's workspace */
     struct {
         sida_rnn *rnn[2];
         bool in_place[2];    /* its d_x may be its d_y */
@@ -78,11 +85,9 @@ struct sida_step_cuda {
          * output and queries; […, 2 hidden or more] of keys and values, of up's output. */
         float *normed, *d_normed, *d_attended, *d_wide;
     } transformer;
-    sida_adamw_scalars *scalars;
     /* Of each step ahead, on both sides: losses that were summed early, and at the end the rest
      * with the norm. */
     sida_train_result *results[SIDA_STEPS_AHEAD], *host_results[SIDA_STEPS_AHEAD];
-    sida_adamw_scalars *host_scalars[SIDA_STEPS_AHEAD];
     sida_buffer *host;
     sida_event *done[SIDA_STEPS_AHEAD];
     int32_t results_most, results_used[SIDA_STEPS_AHEAD];
@@ -124,18 +129,37 @@ static inline float *sida_step_floats(sida_step_layout *at, int64_t rows, int64_
 size_t sida_step_score_bytes(const sida_step_cuda *step, int32_t sequences, int32_t q_longest,
                              int32_t k_longest);
 
+/* --- the two streams */
+
+/* What is issued beside from now on waits for all that the step's stream has been issued. */
+sida_status sida_step_fork(sida_step_cuda *step);
+/* What the step's stream is issued from await on waits for all that was beside it at the mark. */
+sida_status sida_step_mark(sida_step_cuda *step);
+sida_status sida_step_await(sida_step_cuda *step);
+
 /* --- a step */
 
-/* One side of a part under way. */
+/* One side of a part under way, and where its work is issued. */
 typedef struct sida_step_side {
     sida_step_cuda *step;
+    sida_stream *stream;
+    float *sums; /* for column sums on it */
     const sida_feed_part *part;
     const sida_feed_side *rows;
     const sida_step_activations *a;
     int side;
     int64_t n;
     float scale;
+    bool embedded; /* the first chunk's rows of the embedding are in the scratch */
 } sida_step_side;
+
+/* The same, beside. */
+static inline sida_step_side sida_step_beside(const sida_step_side *q) {
+    sida_step_side beside = *q;
+    beside.stream = q->step->beside.stream;
+    beside.sums = q->step->beside.sums;
+    return beside;
+}
 
 static inline sida_row_map sida_step_rows(const sida_step_side *q) {
     return (sida_row_map){q->rows->start, q->rows->step, q->rows->count, q->rows->longest};
@@ -163,11 +187,17 @@ sida_status sida_step_linear(const sida_step_side *q, float *y, const float *x,
 sida_status sida_step_linear_backward(const sida_step_side *q, float *d_x, const float *d_y,
                                       const float *x, const sida_net_linear *layer, int64_t n,
                                       bool bias);
-/* d_x [n, cols] = d_y [n, rows] W. */
+/* d_x [n, cols] = d_y [n, rows] W, or += with `add`. */
 sida_status sida_step_input_gradient(const sida_step_side *q, float *d_x, const float *d_y,
-                                     const sida_net_linear *layer, int64_t n);
-/* Rows of the embedding for rows of the part. */
-sida_status sida_step_embed(const sida_step_side *q, float *out, int64_t first, int64_t rows);
+                                     const sida_net_linear *layer, int64_t n, bool add);
+/* Rows of the embedding for rows of the part, into the scratch. */
+sida_status sida_step_embed(const sida_step_side *q, int64_t first);
+/* The same on the way forward, where the first of all may be there already. */
+sida_status sida_step_embed_forward(const sida_step_side *q, int64_t first);
+/* Rows of the chunk that begins with row `first`. */
+static inline int64_t sida_step_chunk(const sida_step_side *q, int64_t first) {
+    return sida_step_smaller(q->n - first, SIDA_STEP_CHUNK_ROWS);
+}
 
 /* What the kinds of network do; NULL where one needs nothing. */
 struct sida_step_kind {

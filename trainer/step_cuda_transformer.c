@@ -150,19 +150,26 @@ static sida_status attend_backward(const sida_step_side *q, const float *x,
           *d_key_value = step->transformer.d_wide;
     float *d_positions =
         layer->positions ? sida_step_tensor(step, SIDA_STEP_GRADIENT, layer->positions) : NULL;
-    SIDA_TRY(sida_step_linear_backward(q, NULL, d, a->out, &layer->output, q->n, false));
-    SIDA_TRY(sida_step_input_gradient(q, d_query, d, &layer->output, q->n));
+    const float *source = self ? normed : step->transformer.memory;
+    const sida_step_side beside = sida_step_beside(q);
+    SIDA_TRY(sida_step_fork(step));
+    SIDA_TRY(sida_step_linear_backward(&beside, NULL, d, a->out, &layer->output, q->n, false));
+    SIDA_TRY(sida_step_input_gradient(q, d_query, d, &layer->output, q->n, false));
     if (!self) /* sequences that this side has no tokens of are not written */
         SIDA_TRY(sida_zero_cuda(step->stream, d_key_value,
                                 (size_t)(key_rows * layer->key_value.rows) * sizeof(float)));
     SIDA_TRY(sida_attention_train_backward_cuda(step->stream, d_query, d_key_value, d_positions,
                                                 d_query, &call));
     SIDA_TRY(norm(q, normed, x, &layer->norm, q->n));
-    SIDA_TRY(sida_step_linear_backward(q, NULL, d_query, normed, &layer->query, q->n, false));
-    SIDA_TRY(sida_step_input_gradient(q, d_normed, d_query, &layer->query, q->n));
-    SIDA_TRY(sida_step_linear_backward(q, self ? d_normed : step->transformer.d_memory, d_key_value,
-                                       self ? normed : step->transformer.memory, &layer->key_value,
+    SIDA_TRY(sida_step_fork(step));
+    SIDA_TRY(sida_step_linear_backward(&beside, NULL, d_query, normed, &layer->query, q->n, false));
+    SIDA_TRY(sida_step_linear_backward(&beside, NULL, d_key_value, source, &layer->key_value,
                                        key_rows, false));
+    SIDA_TRY(sida_step_mark(step));
+    SIDA_TRY(sida_step_input_gradient(q, d_normed, d_query, &layer->query, q->n, false));
+    SIDA_TRY(sida_step_input_gradient(q, self ? d_normed : step->transformer.d_memory, d_key_value,
+                                      &layer->key_value, key_rows, true));
+    SIDA_TRY(sida_step_await(step)); /* d, and what the next part takes, is free */
     SIDA_TRY(norm_backward(q, d, d_normed, x, &layer->norm, q->n));
 out:
     return status;
@@ -187,12 +194,17 @@ static sida_status feed_forward_backward(const sida_step_side *q, const float *x
     sida_step_cuda *step = q->step;
     float *d = q->a->d_out, *normed = step->transformer.normed,
           *d_normed = step->transformer.d_normed, *d_up = step->transformer.d_wide;
-    SIDA_TRY(sida_step_linear_backward(q, NULL, d, up, &block->down, q->n, false));
-    SIDA_TRY(sida_step_input_gradient(q, d_up, d, &block->down, q->n));
+    const sida_step_side beside = sida_step_beside(q);
+    SIDA_TRY(sida_step_fork(step));
+    SIDA_TRY(sida_step_linear_backward(&beside, NULL, d, up, &block->down, q->n, false));
+    SIDA_TRY(sida_step_input_gradient(q, d_up, d, &block->down, q->n, false));
     SIDA_TRY(sida_column_sum_cuda(step->stream, NULL, d_up, up, q->n, block->up.rows, step->sums));
     SIDA_TRY(norm(q, normed, x, &block->norm, q->n));
-    SIDA_TRY(sida_step_linear_backward(q, NULL, d_up, normed, &block->up, q->n, false));
-    SIDA_TRY(sida_step_input_gradient(q, d_normed, d_up, &block->up, q->n));
+    SIDA_TRY(sida_step_fork(step));
+    SIDA_TRY(sida_step_linear_backward(&beside, NULL, d_up, normed, &block->up, q->n, false));
+    SIDA_TRY(sida_step_mark(step));
+    SIDA_TRY(sida_step_input_gradient(q, d_normed, d_up, &block->up, q->n, false));
+    SIDA_TRY(sida_step_await(step));
     SIDA_TRY(norm_backward(q, d, d_normed, x, &block->norm, q->n));
 out:
     return status;
@@ -200,17 +212,12 @@ out:
 
 /* --- a side */
 
-/* Embedding rows in the scratch, and behind them their norm, of a chunk. */
-static sida_status embed(const sida_step_side *q, float **embedded, float **normed, int64_t first,
-                         int64_t rows) {
-    sida_status status = SIDA_OK;
+/* The norm of a chunk's embedding rows, which are in the scratch, behind them. */
+static sida_status norm_embedded(const sida_step_side *q, float **normed, int64_t rows) {
     const sida_net_trunk *trunk = &q->step->net->trunks[q->side];
-    *embedded = q->step->scratch;
-    *normed = *embedded + rows * q->step->config.d_model;
-    SIDA_TRY(sida_step_embed(q, *embedded, first, rows));
-    SIDA_TRY(norm(q, *normed, *embedded, &trunk->norm_in, rows));
-out:
-    return status;
+    const float *embedded = q->step->scratch;
+    *normed = (float *)q->step->scratch + rows * q->step->config.d_model;
+    return norm(q, *normed, embedded, &trunk->norm_in, rows);
 }
 
 static sida_status forward(const sida_step_side *q) {
@@ -220,9 +227,10 @@ static sida_status forward(const sida_step_side *q) {
     const sida_step_activations *a = q->a;
     float *const *x = a->of.transformer.x;
     for (int64_t first = 0; first < q->n; first += SIDA_STEP_CHUNK_ROWS) {
-        int64_t rows = sida_step_smaller(q->n - first, SIDA_STEP_CHUNK_ROWS);
-        float *embedded, *normed;
-        SIDA_TRY(embed(q, &embedded, &normed, first, rows));
+        int64_t rows = sida_step_chunk(q, first);
+        float *normed;
+        SIDA_TRY(sida_step_embed_forward(q, first));
+        SIDA_TRY(norm_embedded(q, &normed, rows));
         SIDA_TRY(sida_step_linear(q, x[0] + first * step->config.hidden, normed, &trunk->compress,
                                   SIDA_EPILOGUE_NONE, rows));
     }
@@ -268,13 +276,14 @@ static sida_status backward(const sida_step_side *q) {
         SIDA_TRY(norm_backward(q, step->sides[0].d_out, step->transformer.d_memory, last_x(q, 0),
                                &trunk->norm_memory, encoder));
     for (int64_t first = 0; first < q->n; first += SIDA_STEP_CHUNK_ROWS) {
-        int64_t rows = sida_step_smaller(q->n - first, SIDA_STEP_CHUNK_ROWS);
+        int64_t rows = sida_step_chunk(q, first);
         const float *d = a->d_out + first * step->config.hidden;
-        float *embedded, *normed;
-        SIDA_TRY(embed(q, &embedded, &normed, first, rows));
+        float *normed;
+        SIDA_TRY(sida_step_embed(q, first));
+        SIDA_TRY(norm_embedded(q, &normed, rows));
         SIDA_TRY(sida_step_linear_backward(q, NULL, d, normed, &trunk->compress, rows, true));
-        SIDA_TRY(sida_step_input_gradient(q, normed, d, &trunk->compress, rows));
-        SIDA_TRY(norm_backward(q, NULL, normed, embedded, &trunk->norm_in, rows));
+        SIDA_TRY(sida_step_input_gradient(q, normed, d, &trunk->compress, rows, false));
+        SIDA_TRY(norm_backward(q, NULL, normed, step->scratch, &trunk->norm_in, rows));
     }
 out:
     return status;

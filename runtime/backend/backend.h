@@ -36,7 +36,8 @@ typedef struct sida_buffer {
 
 typedef enum sida_stream_kind {
     SIDA_STREAM_COMPUTE, /* ops are issued here */
-    SIDA_STREAM_COPY     /* copies only */
+    SIDA_STREAM_COPY,    /* copies only */
+    SIDA_STREAM_BESIDE   /* ops too, which give way to those of a compute stream */
 } sida_stream_kind;
 
 typedef struct sida_memory_usage {

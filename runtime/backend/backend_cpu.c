@@ -189,7 +189,7 @@ static sida_status cpu_stream_synchronize(sida_stream *base) {
 }
 
 static sida_status cpu_copy(sida_stream *base, void *to, const void *from, size_t bytes) {
-    if (base->kind == SIDA_STREAM_COMPUTE) {
+    if (base->kind != SIDA_STREAM_COPY) {
         memmove(to, from, bytes);
         return SIDA_OK;
     }

@@ -271,10 +271,13 @@ static sida_status cuda_stream_create(sida_backend *base, sida_stream **out,
                                       sida_stream_kind kind) {
     sida_status status = SIDA_OK;
     sida_cuda_stream *stream = NULL;
+    int low, high; /* priorities */
     SIDA_TRY(sida_cuda_use(base));
     SIDA_TRY(SIDA_ALLOC(&stream, 1, "a stream"));
     stream->base = (sida_stream){base, kind};
-    SIDA_TRY(SIDA_CUDA(cudaStreamCreateWithFlags(&stream->stream, cudaStreamNonBlocking)));
+    SIDA_TRY(SIDA_CUDA(cudaDeviceGetStreamPriorityRange(&low, &high)));
+    SIDA_TRY(SIDA_CUDA(cudaStreamCreateWithPriority(&stream->stream, cudaStreamNonBlocking,
+                                                    kind == SIDA_STREAM_COMPUTE ? high : low)));
     *out = &stream->base;
     stream = NULL;
 out:

@@ -5,14 +5,14 @@ extern "C" {
 #include "runtime/ops/train_ops.h"
 }
 
-constexpr int THREADS = 256, LAST_THREADS = 1024;
+constexpr int THREADS = 256;
 
-/* The block's sum in thread 0, the same way every time. */
-template <int COUNT> static __device__ double block_sum(double value) {
-    __shared__ double sums[COUNT];
+/* The block's sum in every thread, the same way every time. */
+static __device__ double block_sum(double value) {
+    __shared__ double sums[THREADS];
     sums[threadIdx.x] = value;
     __syncthreads();
-    for (int step = COUNT / 2; step > 0; step /= 2) {
+    for (int step = THREADS / 2; step > 0; step /= 2) {
         if ((int)threadIdx.x < step) sums[threadIdx.x] += sums[threadIdx.x + step];
         __syncthreads();
     }
@@ -21,8 +21,18 @@ template <int COUNT> static __device__ double block_sum(double value) {
     return sum;
 }
 
+/* Of `count` partial sums, which other blocks may have written; NULL: 0. */
+static __device__ double partials_sum(const double *partials, int count) {
+    double sum = 0;
+    for (int i = threadIdx.x; partials && i < count; i += THREADS) sum += __ldcg(&partials[i]);
+    return block_sum(sum);
+}
+
+/* A block squares its share; the last one to end sums up. */
 __global__ void __launch_bounds__(THREADS)
-    squares_kernel(double *partials, const float *gradient, int64_t count) {
+    finish_kernel(sida_train_result *result, const double *first, const double *second,
+                  const float *gradient, int64_t count, double *squares, unsigned *ended) {
+    __shared__ bool last;
     allow_next();
     await_inputs();
     double sum = 0;
@@ -30,21 +40,19 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll 4
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < count; i += step)
         sum += (double)gradient[i] * (double)gradient[i];
-    sum = block_sum<THREADS>(sum);
-    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
-}
-
-static_assert(SIDA_TRAIN_PARTIALS == LAST_THREADS, "one thread a partial sum");
-
-__global__ void __launch_bounds__(LAST_THREADS)
-    finish_kernel(sida_train_result *result, const double *first, const double *second,
-                  const double *squares) {
-    allow_next();
-    await_inputs();
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) {
+        squares[blockIdx.x] = sum;
+        __threadfence();
+        last = atomicInc(ended, gridDim.x - 1) == gridDim.x - 1; /* and 0 again */
+        __threadfence();
+    }
+    __syncthreads();
+    if (!last) return;
     sida_train_result r;
-    r.losses[0] = block_sum<LAST_THREADS>(first ? first[threadIdx.x] : 0);
-    r.losses[1] = block_sum<LAST_THREADS>(second ? second[threadIdx.x] : 0);
-    r.norm = sqrt(block_sum<LAST_THREADS>(squares[threadIdx.x]));
+    r.losses[0] = partials_sum(first, SIDA_TRAIN_PARTIALS);
+    r.losses[1] = partials_sum(second, SIDA_TRAIN_PARTIALS);
+    r.norm = sqrt(partials_sum(squares, (int)gridDim.x));
     r.finite = isfinite(r.losses[0]) && isfinite(r.losses[1]) && isfinite(r.norm) ? 1 : 0;
     if (threadIdx.x == 0) *result = r;
 }
@@ -52,14 +60,17 @@ __global__ void __launch_bounds__(LAST_THREADS)
 extern "C" sida_status sida_train_finish_cuda(sida_stream *stream, sida_train_result *result,
                                               const double *const loss_partials[2],
                                               const float *gradient, int64_t count,
-                                              double *workspace) {
+                                              void *workspace) {
     sida_status status = sida_cuda_use(stream->backend);
-    if (status == SIDA_OK)
-        status = launch_kernel("gradient norm kernel", stream, squares_kernel,
-                               dim3(SIDA_TRAIN_PARTIALS), THREADS, 0, workspace, gradient, count);
     if (status != SIDA_OK) return status;
-    return launch_kernel("gradient norm kernel", stream, finish_kernel, dim3(1), LAST_THREADS, 0,
-                         result, loss_partials[0], loss_partials[1], (const double *)workspace);
+    const int64_t blocks = (count + THREADS - 1) / THREADS, most = SIDA_TRAIN_PARTIALS;
+    double *squares = (double *)((char *)workspace + SIDA_TRAIN_FINISH_COUNT);
+    return launch_kernel("gradient norm kernel", stream, finish_kernel,
+                         dim3((unsigned)(blocks < 1      ? 1
+                                         : blocks > most ? most
+                                                         : blocks)),
+                         THREADS, 0, result, loss_partials[0], loss_partials[1], gradient, count,
+                         squares, (unsigned *)workspace);
 }
 
 /* --- AdamW: what trainer/adamw.c computes, in its order */
@@ -97,11 +108,9 @@ static __device__ float &part(float4 &v, int k) {
 
 /* Four items a thread where `wide`. */
 __global__ void __launch_bounds__(THREADS)
-    adamw_kernel(adamw_arrays a, int64_t count, const sida_adamw_scalars *scalars,
+    adamw_kernel(adamw_arrays a, int64_t count, sida_adamw_scalars s,
                  const sida_train_result *result, bool wide, bool zero_gradient) {
-    allow_next();
     await_inputs();
-    const sida_adamw_scalars s = *scalars;
     const double norm = result->norm;
     const bool finite = result->finite != 0;
     const float factor = s.clip > 0 && norm > s.clip ? (float)(s.clip / norm) : 1.0f;
@@ -126,6 +135,9 @@ __global__ void __launch_bounds__(THREADS)
         if (zero_gradient) a.gradient[i] = 0.0f;
         if (finite) update(a.parameters[i], a.first[i], a.second[i], g * factor, s);
     }
+    /* Late: what follows may read weights before it awaits its inputs (norms do). */
+    __threadfence();
+    allow_next();
 }
 
 extern "C" sida_status sida_adamw_cuda(sida_stream *stream, float *parameters, float *first,
@@ -146,5 +158,5 @@ extern "C" sida_status sida_adamw_cuda(sida_stream *stream, float *parameters, f
     const int64_t blocks = (count + THREADS - 1) / THREADS / (wide ? 4 : 1) + 1;
     return launch_kernel("AdamW kernel", stream, adamw_kernel,
                          dim3((unsigned)(blocks < 4096 ? blocks : 4096)), THREADS, 0, arrays, count,
-                         scalars, result, wide, zero_gradient);
+                         *scalars, result, wide, zero_gradient);
 }

@@ -40,6 +40,10 @@ sida_status sida_cublas_load(const sida_cublas **out);
 sida_status sida_cublas_check(const sida_cublas *cublas, cublasStatus_t code, const char *call);
 /* The handle of a compute stream, made (sida_prepare_cuda) where there is none yet. */
 sida_status sida_cublas_of(sida_stream *stream, const sida_cublas **cublas, cublasHandle_t *handle);
+/* Gives `beside`, which has none yet, the handle of another compute stream and a quarter of its
+ * workspace: a handle of its own would take device memory that nobody counts. One thread issues to
+ * both; `beside` is destroyed first. */
+sida_status sida_cublas_share(sida_stream *beside, sida_stream *stream);
 
 #ifdef __cplusplus
 }

@@ -14,6 +14,10 @@ extern "C" sida_status sida_zero_cuda(sida_stream *stream, void *data, size_t by
 
 /* --- products */
 
+extern "C" sida_status sida_beside_cuda(sida_stream *beside, sida_stream *stream) {
+    return sida_cublas_share(beside, stream);
+}
+
 static bool fits(const sida_gemm_call *call) {
     return call->m <= INT32_MAX && call->n <= INT32_MAX && call->k <= INT32_MAX &&
            call->lda <= INT32_MAX && call->ldb <= INT32_MAX && call->ldc <= INT32_MAX;
@@ -124,13 +128,27 @@ extern "C" sida_status sida_linear_train_cuda(sida_stream *stream, float *y, con
 
 /* --- sums of columns */
 
-/* A block sums SUM_COLS columns of one part of the rows, SUM_ROWS rows at a time. */
+/* A block sums SUM_COLS columns of one part of the rows, SUM_ROWS rows at a time; the last block of
+ * these columns to end sums up the parts. */
 constexpr int SUM_COLS = 32, SUM_ROWS = 8;
+constexpr int SUM_GROUPS = SIDA_COLUMN_SUM_COUNTS / (int)sizeof(unsigned);
 
+/* The sum of a column's SUM_ROWS threads, in the first of them. */
+static __device__ float over_rows(float (*sums)[SUM_COLS], float sum, int row, int column) {
+    sums[row][column] = sum;
+    __syncthreads();
+    if (row == 0)
+#pragma unroll
+        for (int i = 1; i < SUM_ROWS; i++) sum += sums[i][column];
+    return sum;
+}
+
+/* out, x and activated begin at the first of these columns; rows are `ld` apart. */
 __global__ void __launch_bounds__(SUM_COLS *SUM_ROWS)
-    part_sums_kernel(float *parts, float *x, const float *activated, int64_t rows, int64_t cols,
-                     int64_t part_rows) {
-    __shared__ float sums[SUM_ROWS][SUM_COLS];
+    column_sums_kernel(float *out, float *parts, unsigned *ended, float *x, const float *activated,
+                       int64_t rows, int64_t cols, int64_t ld, int64_t part_rows) {
+    __shared__ float sums[2][SUM_ROWS][SUM_COLS];
+    __shared__ bool last;
     const int column = threadIdx.x % SUM_COLS, row = threadIdx.x / SUM_COLS;
     const int64_t c = (int64_t)blockIdx.x * SUM_COLS + column;
     const int64_t begin = (int64_t)blockIdx.y * part_rows;
@@ -141,28 +159,27 @@ __global__ void __launch_bounds__(SUM_COLS *SUM_ROWS)
     if (c < cols)
 #pragma unroll 4
         for (int64_t r = begin + row; r < end; r += SUM_ROWS) {
-            float value = x[r * cols + c];
-            if (activated && activated[r * cols + c] == 0.0f) x[r * cols + c] = value = 0.0f;
+            float value = x[r * ld + c];
+            if (activated && activated[r * ld + c] == 0.0f) x[r * ld + c] = value = 0.0f;
             sum += value;
         }
-    sums[row][column] = sum;
+    if (!out) return;
+    sum = over_rows(sums[0], sum, row, column);
+    if (row == 0 && c < cols) parts[blockIdx.y * cols + c] = sum;
+    __threadfence();
     __syncthreads();
-    if (row > 0 || c >= cols) return;
+    if (threadIdx.x == 0)
+        last = atomicInc(&ended[blockIdx.x], gridDim.y - 1) == gridDim.y - 1; /* and 0 again */
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    sum = 0.0f;
+    if (c < cols)
 #pragma unroll
-    for (int i = 1; i < SUM_ROWS; i++) sum += sums[i][column];
-    parts[blockIdx.y * cols + c] = sum;
-}
-
-__global__ void __launch_bounds__(THREADS)
-    add_parts_kernel(float *out, const float *parts, int64_t cols) {
-    const int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    allow_next();
-    await_inputs();
-    if (c >= cols) return;
-    float sum = 0.0f;
-#pragma unroll 16
-    for (int i = 0; i < SIDA_COLUMN_SUM_PARTS; i++) sum += parts[i * cols + c];
-    out[c] += sum;
+        for (int i = row; i < SIDA_COLUMN_SUM_PARTS; i += SUM_ROWS)
+            sum += __ldcg(&parts[i * cols + c]);
+    sum = over_rows(sums[1], sum, row, column);
+    if (row == 0 && c < cols) out[c] += sum;
 }
 
 extern "C" sida_status sida_column_sum_cuda(sida_stream *stream, float *out, float *x,
@@ -170,15 +187,18 @@ extern "C" sida_status sida_column_sum_cuda(sida_stream *stream, float *out, flo
                                             float *workspace) {
     if (rows == 0 || cols == 0) return SIDA_OK;
     sida_status status = sida_cuda_use(stream->backend);
-    if (status != SIDA_OK) return status;
     const int64_t part_rows = (rows + SIDA_COLUMN_SUM_PARTS - 1) / SIDA_COLUMN_SUM_PARTS;
-    const dim3 grid((unsigned)((cols + SUM_COLS - 1) / SUM_COLS), SIDA_COLUMN_SUM_PARTS);
-    status = launch_kernel("column sums kernel", stream, part_sums_kernel, grid,
-                           SUM_COLS * SUM_ROWS, 0, workspace, x, activated, rows, cols, part_rows);
-    if (status != SIDA_OK || !out) return status;
-    return launch_kernel("column sums kernel", stream, add_parts_kernel,
-                         dim3((unsigned)((cols + THREADS - 1) / THREADS)), THREADS, 0, out,
-                         workspace, cols);
+    const int64_t most = (int64_t)SUM_GROUPS * SUM_COLS; /* columns that there are counters for */
+    float *parts = workspace + SUM_GROUPS;
+    for (int64_t first = 0; status == SIDA_OK && first < cols; first += most) {
+        const int64_t count = cols - first < most ? cols - first : most;
+        const dim3 grid((unsigned)((count + SUM_COLS - 1) / SUM_COLS), SIDA_COLUMN_SUM_PARTS);
+        status = launch_kernel("column sums kernel", stream, column_sums_kernel, grid,
+                               SUM_COLS * SUM_ROWS, 0, out ? out + first : NULL, parts,
+                               (unsigned *)workspace, x + first,
+                               activated ? activated + first : NULL, rows, count, cols, part_rows);
+    }
+    return status;
 }
 
 extern "C" sida_status sida_linear_backward_cuda(sida_stream *stream,

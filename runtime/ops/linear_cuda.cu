@@ -19,17 +19,43 @@ constexpr int THREADS = 256;
 
 typedef struct stream_state {
     const sida_cublas *cublas;
-    cublasHandle_t blas;
-    sida_buffer *workspace; /* cuBLAS's */
-    sida_buffer *scratch;   /* NULL: not wanted yet */
+    struct stream_state *owner;         /* whose handle and workspace it uses; most are their own */
+    cublasHandle_t blas;                /* an owner's */
+    const struct stream_state *current; /* an owner's: for whom the handle is set */
+    sida_buffer *workspace;             /* an owner's: cuBLAS's */
+    char *space;                        /* of it, this one's */
+    size_t space_bytes;
+    cudaStream_t stream;
+    sida_buffer *scratch; /* NULL: not wanted yet */
 } stream_state;
 
 static sida_status check_blas(const stream_state *state, cublasStatus_t code, const char *call) {
     return sida_cublas_check(state->cublas, code, call);
 }
 
+/* Sets the handle for this stream, where it is not. */
+static sida_status set_handle(const stream_state *state) {
+    stream_state *owner = state->owner;
+    if (owner->current == state) return SIDA_OK;
+    owner->current = NULL;
+    sida_status status =
+        check_blas(owner, owner->cublas->set_stream(owner->blas, state->stream), "cublasSetStream");
+    /* After the stream: setting a stream takes the workspace back. */
+    if (status == SIDA_OK)
+        status = check_blas(
+            owner, owner->cublas->set_workspace(owner->blas, state->space, state->space_bytes),
+            "cublasSetWorkspace");
+    if (status == SIDA_OK) owner->current = state;
+    return status;
+}
+
 static void state_destroy(void *state) {
     stream_state *s = (stream_state *)state;
+    if (s->owner && s->owner != s) { /* gives its share back */
+        s->owner->space_bytes += s->space_bytes;
+        s->owner->current = NULL;
+        (void)set_handle(s->owner); /* its stream goes next */
+    }
     if (s->blas) (void)s->cublas->destroy(s->blas);
     sida_buffer_destroy(s->workspace);
     sida_buffer_destroy(s->scratch);
@@ -43,16 +69,12 @@ static sida_status state_fill(stream_state *state, sida_stream *stream) {
                                     SIDA_CUDA_WORKSPACE_BYTES, "cuBLAS's workspace");
     if (status == SIDA_OK)
         status = check_blas(state, state->cublas->create(&state->blas), "cublasCreate");
-    if (status == SIDA_OK)
-        status = check_blas(state, state->cublas->set_stream(state->blas, stream_of(stream)),
-                            "cublasSetStream");
-    /* After the stream: setting a stream takes the workspace back. */
-    if (status == SIDA_OK)
-        status = check_blas(state,
-                            state->cublas->set_workspace(state->blas, state->workspace->data,
-                                                         SIDA_CUDA_WORKSPACE_BYTES),
-                            "cublasSetWorkspace");
-    return status;
+    if (status != SIDA_OK) return status;
+    state->owner = state;
+    state->space = (char *)state->workspace->data;
+    state->space_bytes = SIDA_CUDA_WORKSPACE_BYTES;
+    state->stream = stream_of(stream);
+    return set_handle(state);
 }
 
 static sida_status make_state(sida_stream *base) {
@@ -86,7 +108,26 @@ extern "C" sida_status sida_cublas_of(sida_stream *stream, const sida_cublas **c
     if (status != SIDA_OK) return status;
     const stream_state *state = (const stream_state *)sida_cuda_stream_of(stream)->ops_state;
     *cublas = state->cublas;
-    *handle = state->blas;
+    *handle = state->owner->blas;
+    return set_handle(state);
+}
+
+extern "C" sida_status sida_cublas_share(sida_stream *beside, sida_stream *stream) {
+    stream_state *state = NULL;
+    sida_status status = make_state(stream);
+    if (status == SIDA_OK) status = SIDA_ALLOC(&state, 1, "a stream's workspace");
+    if (status != SIDA_OK) return status;
+    stream_state *owner = (stream_state *)sida_cuda_stream_of(stream)->ops_state;
+    assert(owner->owner == owner && !sida_cuda_stream_of(beside)->ops_state);
+    state->cublas = owner->cublas;
+    state->owner = owner;
+    state->space_bytes = SIDA_CUDA_WORKSPACE_BYTES / 4;
+    owner->space_bytes -= state->space_bytes;
+    owner->current = NULL;
+    state->space = owner->space + owner->space_bytes;
+    state->stream = stream_of(beside);
+    sida_cuda_stream_of(beside)->ops_state = state;
+    sida_cuda_stream_of(beside)->ops_state_destroy = state_destroy;
     return SIDA_OK;
 }
 
@@ -260,18 +301,20 @@ static unsigned blocks_for(int64_t count) {
 static sida_status linear_blas(sida_stream *stream, const sida_linear_call *call) {
     sida_status status = sida_prepare_cuda(stream);
     if (status != SIDA_OK) return status;
-    const stream_state *state = (const stream_state *)sida_cuda_stream_of(stream)->ops_state;
+    const sida_cublas *cublas;
+    cublasHandle_t blas;
+    status = sida_cublas_of(stream, &cublas, &blas);
+    if (status != SIDA_OK) return status;
     const float beta = call->epilogue == SIDA_EPILOGUE_ADD ? 1.0f : 0.0f;
     const sida_weight *w = &call->weight;
     const cudaDataType type = w->dtype == SIDA_F32 ? CUDA_R_32F : CUDA_R_16BF;
-    status =
-        check_blas(state,
-                   state->cublas->gemm(state->blas, CUBLAS_OP_T, CUBLAS_OP_N, (int)w->rows,
-                                       (int)call->n, (int)w->cols, &call->scale, w->data, type,
-                                       (int)w->cols, call->x, type, (int)call->ldx, &beta, call->y,
-                                       call->y_type == SIDA_F32 ? CUDA_R_32F : CUDA_R_16BF,
-                                       (int)call->ldy, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
-                   "cublasGemmEx");
+    status = sida_cublas_check(
+        cublas,
+        cublas->gemm(blas, CUBLAS_OP_T, CUBLAS_OP_N, (int)w->rows, (int)call->n, (int)w->cols,
+                     &call->scale, w->data, type, (int)w->cols, call->x, type, (int)call->ldx,
+                     &beta, call->y, call->y_type == SIDA_F32 ? CUDA_R_32F : CUDA_R_16BF,
+                     (int)call->ldy, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+        "cublasGemmEx");
     const bool relu = call->epilogue == SIDA_EPILOGUE_RELU;
     if (status != SIDA_OK || (!relu && !call->bias)) return status;
     const int64_t count = call->n * w->rows;

@@ -4,7 +4,8 @@
  * forward one the first, and the layer above reads both.
  *
  * Rows. Sequences are ranked by falling length, ties as the caller likes. Token t of the sequence
- * of rank r lies in row step[t] + r (sida_rnn_steps). */
+ * of rank r lies in row step[t] + r (sida_rnn_steps): at time t only the sequences that are longer
+ * than t have rows. */
 #ifndef SIDA_RUNTIME_OPS_RNN_H
 #define SIDA_RUNTIME_OPS_RNN_H
 
@@ -16,17 +17,9 @@
 
 enum { SIDA_RNN_LAYERS_MAX = 4 };
 
-typedef enum sida_rnn_layout {
-    SIDA_RNN_PACKED, /* no padding: at time t only the sequences that are longer than t have rows */
-    /* All ranks have rows at all times. Where lengths are equal these are the packed rows. The
-     * outputs beyond a sequence's end are zeros; what is read there has no influence. */
-    SIDA_RNN_PADDED
-} sida_rnn_layout;
-
 typedef enum sida_rnn_algorithm {
-    SIDA_RNN_STANDARD,   /* cuDNN's: a product a step */
-    SIDA_RNN_PERSISTENT, /* cuDNN's: weights stay in the processors; it refuses some shapes */
-    /* Ours (lstm_train.h): packed rows, TF32, devices and widths of sida_lstm_train_possible(). */
+    SIDA_RNN_STANDARD, /* cuDNN's: a product a step */
+    /* Ours (lstm_train.h): TF32, devices and widths of sida_lstm_train_possible(). */
     SIDA_RNN_CLUSTER
 } sida_rnn_algorithm;
 
@@ -39,12 +32,14 @@ typedef struct sida_rnn_options {
     bool bidirectional;         /* hidden is even */
     int32_t sequences, longest; /* of a batch, at most */
     int64_t tokens;             /* rows of a batch, at most */
-    sida_rnn_layout layout;
     sida_rnn_algorithm algorithm;
     bool tf32; /* products may round their factors to TF32 */
     /* Another one on the same stream, or NULL: its cuDNN handle and workspace are used too, it is
      * to be destroyed after this one. */
     sida_rnn *beside;
+    /* SIDA_RNN_CLUSTER issues the gradients of a layer's weights here, once the layer is through,
+     * beside the layer below; the caller makes what reads them wait. NULL: on the same stream. */
+    sida_stream *gradient_stream;
 } sida_rnn_options;
 
 /* Whether cuDNN was there at compile time. */
@@ -90,12 +85,10 @@ int32_t sida_rnn_longest(const sida_rnn *rnn);
 void sida_rnn_steps(const sida_rnn *rnn, int32_t *step);
 
 /* y, x, d_y, d_x: [rows, hidden] on the device, weights in the weight space. y and d_x are written,
- * d_weights is added to. Forward keeps what the two backward calls need, data before weights; all
- * with the same x, y and weights. d_x may be d_y with SIDA_RNN_CLUSTER. */
+ * d_weights is added to. Forward keeps what backward needs, which gets the same x, y and weights.
+ * d_x may be d_y with SIDA_RNN_CLUSTER. */
 sida_status sida_rnn_forward(sida_rnn *rnn, float *y, const float *x, const float *weights);
-sida_status sida_rnn_backward_data(sida_rnn *rnn, float *d_x, const float *d_y, const float *y,
-                                   const float *weights);
-sida_status sida_rnn_backward_weights(sida_rnn *rnn, float *d_weights, const float *x,
-                                      const float *y);
+sida_status sida_rnn_backward(sida_rnn *rnn, float *d_x, float *d_weights, const float *d_y,
+                              const float *x, const float *y, const float *weights);
 
 #endif

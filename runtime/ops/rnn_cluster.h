@@ -21,10 +21,9 @@ void sida_rnn_cluster_reorder(const sida_rnn_cluster *rnn, float *space,
 sida_status sida_rnn_cluster_forward(sida_rnn_cluster *rnn, const sida_row_map *rows,
                                      int32_t sequences, int64_t n, float *y, const float *x,
                                      const float *weights);
-sida_status sida_rnn_cluster_backward_data(sida_rnn_cluster *rnn, const sida_row_map *rows,
-                                           int32_t sequences, int64_t n, float *d_x,
-                                           const float *d_y, const float *y, const float *weights);
-sida_status sida_rnn_cluster_backward_weights(sida_rnn_cluster *rnn, int32_t sequences, int64_t n,
-                                              float *d_weights, const float *x);
+sida_status sida_rnn_cluster_backward(sida_rnn_cluster *rnn, const sida_row_map *rows,
+                                      int32_t sequences, int64_t n, float *d_x, float *d_weights,
+                                      const float *d_y, const float *x, const float *y,
+                                      const float *weights);
 
 #endif

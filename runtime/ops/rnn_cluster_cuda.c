@@ -25,6 +25,7 @@ struct sida_rnn_cluster {
     float *outs[SIDA_RNN_LAYERS_MAX]; /* [tokens, hidden] of the layers below the top one */
     int64_t items;
     sida_buffer *memory;
+    sida_event *through; /* NULL without a gradient_stream */
 };
 
 /* Takes `count` floats of something that is laid out. */
@@ -73,8 +74,7 @@ sida_status sida_rnn_cluster_create(sida_rnn_cluster **out, sida_stream *stream,
     sida_status status = SIDA_OK;
     sida_rnn_cluster *rnn = NULL;
     int32_t directions = options->bidirectional ? 2 : 1, units = options->hidden / directions;
-    if (!options->tf32 || options->layout != SIDA_RNN_PACKED ||
-        !sida_lstm_train_possible(stream->backend, units))
+    if (!options->tf32 || !sida_lstm_train_possible(stream->backend, units))
         SIDA_FAIL(SIDA_ERROR_UNSUPPORTED, "cuda: no kernels here for an LSTM of %d units%s", units,
                   options->tf32 ? "" : " in fp32");
     SIDA_TRY(SIDA_ALLOC(&rnn, 1, "an LSTM"));
@@ -87,6 +87,7 @@ sida_status sida_rnn_cluster_create(sida_rnn_cluster **out, sida_stream *stream,
                                 (size_t)lay_memory(rnn, NULL) * sizeof(float),
                                 "what the LSTM keeps for its backward pass"));
     (void)lay_memory(rnn, rnn->memory->data);
+    if (options->gradient_stream) SIDA_TRY(sida_event_create(stream->backend, &rnn->through));
     *out = rnn;
     rnn = NULL;
 out:
@@ -96,6 +97,7 @@ out:
 
 void sida_rnn_cluster_destroy(sida_rnn_cluster *rnn) {
     if (!rnn) return;
+    sida_event_destroy(rnn->through);
     sida_buffer_destroy(rnn->memory);
     free(rnn);
 }
@@ -183,9 +185,49 @@ out:
     return status;
 }
 
-sida_status sida_rnn_cluster_backward_data(sida_rnn_cluster *rnn, const sida_row_map *rows,
-                                           int32_t sequences, int64_t n, float *d_x,
-                                           const float *d_y, const float *y, const float *weights) {
+/* Of a layer that is through. */
+static sida_status weight_gradients(sida_rnn_cluster *rnn, int32_t l, int32_t sequences, int64_t n,
+                                    float *d_weights, const float *x) {
+    sida_status status = SIDA_OK;
+    const int64_t h = rnn->options.hidden, u = rnn->units;
+    sida_stream *stream = rnn->stream;
+    if (rnn->options.gradient_stream) {
+        stream = rnn->options.gradient_stream;
+        SIDA_TRY(sida_event_record(rnn->through, rnn->stream));
+        SIDA_TRY(sida_stream_wait(stream, rnn->through));
+    }
+    for (int32_t d = 0; d < rnn->directions; d++) {
+        const cell *c = &rnn->cells[l][d];
+        sida_gemm_call product = {.c = d_weights + c->input_weight,
+                                  .ldc = h,
+                                  .a = c->gates,
+                                  .lda = gates * u,
+                                  .b = input_of(rnn, l, x),
+                                  .ldb = h,
+                                  .m = gates * u,
+                                  .n = h,
+                                  .k = n,
+                                  .transpose_a = true,
+                                  .add = true};
+        SIDA_TRY(sida_gemm_cuda(stream, &product, true));
+        product.c = d_weights + c->recurrent_weight;
+        product.b = c->cells; /* the outputs, a step later */
+        product.ldc = product.ldb = product.n = u;
+        SIDA_TRY(sida_gemm_cuda(stream, &product, true));
+        float *const biases[2] = {d_weights + c->input_bias, d_weights + c->recurrent_bias};
+        SIDA_TRY(sida_lstm_train_biases_cuda(stream, biases,
+                                             &(sida_lstm_train_call){.d_biases = c->d_biases,
+                                                                     .sequences = sequences,
+                                                                     .units = rnn->units}));
+    }
+out:
+    return status;
+}
+
+sida_status sida_rnn_cluster_backward(sida_rnn_cluster *rnn, const sida_row_map *rows,
+                                      int32_t sequences, int64_t n, float *d_x, float *d_weights,
+                                      const float *d_y, const float *x, const float *y,
+                                      const float *weights) {
     sida_status status = SIDA_OK;
     const int64_t h = rnn->options.hidden, u = rnn->units;
     const float *above = d_y;
@@ -197,6 +239,7 @@ sida_status sida_rnn_cluster_backward_data(sida_rnn_cluster *rnn, const sida_row
             call.d_out = above + d * u;
             SIDA_TRY(sida_lstm_train_backward_cuda(rnn->stream, &call));
         }
+        SIDA_TRY(weight_gradients(rnn, l, sequences, n, d_weights, x));
         for (int32_t d = 0; d < rnn->directions; d++) {
             const cell *c = &rnn->cells[l][d];
             SIDA_TRY(sida_gemm_cuda(rnn->stream,
@@ -214,39 +257,6 @@ sida_status sida_rnn_cluster_backward_data(sida_rnn_cluster *rnn, const sida_row
         }
         above = d_x;
     }
-out:
-    return status;
-}
-
-sida_status sida_rnn_cluster_backward_weights(sida_rnn_cluster *rnn, int32_t sequences, int64_t n,
-                                              float *d_weights, const float *x) {
-    sida_status status = SIDA_OK;
-    const int64_t h = rnn->options.hidden, u = rnn->units;
-    for (int32_t l = 0; l < rnn->options.layers; l++)
-        for (int32_t d = 0; d < rnn->directions; d++) {
-            const cell *c = &rnn->cells[l][d];
-            sida_gemm_call product = {.c = d_weights + c->input_weight,
-                                      .ldc = h,
-                                      .a = c->gates,
-                                      .lda = gates * u,
-                                      .b = input_of(rnn, l, x),
-                                      .ldb = h,
-                                      .m = gates * u,
-                                      .n = h,
-                                      .k = n,
-                                      .transpose_a = true,
-                                      .add = true};
-            SIDA_TRY(sida_gemm_cuda(rnn->stream, &product, true));
-            product.c = d_weights + c->recurrent_weight;
-            product.b = c->cells; /* the outputs, a step later */
-            product.ldc = product.ldb = product.n = u;
-            SIDA_TRY(sida_gemm_cuda(rnn->stream, &product, true));
-            float *const biases[2] = {d_weights + c->input_bias, d_weights + c->recurrent_bias};
-            SIDA_TRY(sida_lstm_train_biases_cuda(rnn->stream, biases,
-                                                 &(sida_lstm_train_call){.d_biases = c->d_biases,
-                                                                         .sequences = sequences,
-                                                                         .units = rnn->units}));
-        }
 out:
     return status;
 }

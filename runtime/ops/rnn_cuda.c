@@ -94,15 +94,10 @@ static sida_status describe(sida_rnn *rnn) {
     CUDNN_TRY(rnn, create_dropout, &rnn->dropout);
     CUDNN_TRY(rnn, set_dropout, rnn->dropout, handle, 0, NULL, 0, 0);
     CUDNN_TRY(rnn, create_rnn, &rnn->rnn);
-    CUDNN_TRY(rnn, set_rnn, rnn->rnn,
-              o->algorithm == SIDA_RNN_PERSISTENT ? CUDNN_RNN_ALGO_PERSIST_STATIC
-                                                  : CUDNN_RNN_ALGO_STANDARD,
-              CUDNN_LSTM, CUDNN_RNN_DOUBLE_BIAS,
+    CUDNN_TRY(rnn, set_rnn, rnn->rnn, CUDNN_RNN_ALGO_STANDARD, CUDNN_LSTM, CUDNN_RNN_DOUBLE_BIAS,
               o->bidirectional ? CUDNN_BIDIRECTIONAL : CUDNN_UNIDIRECTIONAL, CUDNN_LINEAR_INPUT,
               CUDNN_DATA_FLOAT, CUDNN_DATA_FLOAT, o->tf32 ? CUDNN_DEFAULT_MATH : CUDNN_FMA_MATH,
-              o->hidden, units, units, o->layers, rnn->dropout,
-              o->layout == SIDA_RNN_PADDED ? CUDNN_RNN_PADDED_IO_ENABLED
-                                           : CUDNN_RNN_PADDED_IO_DISABLED);
+              o->hidden, units, units, o->layers, rnn->dropout, CUDNN_RNN_PADDED_IO_DISABLED);
     CUDNN_TRY(rnn, create_data, &rnn->data);
     CUDNN_TRY(rnn, create_tensor, &rnn->state);
     CUDNN_TRY(rnn, weight_bytes, handle, rnn->rnn, &rnn->weight_bytes);
@@ -155,12 +150,10 @@ static sida_status foresee(sida_rnn *rnn) {
     int32_t *lengths = NULL;
     int64_t count = o->sequences < o->tokens ? o->sequences : o->tokens;
     int64_t longest = o->longest < o->tokens ? o->longest : o->tokens;
-    if (o->layout == SIDA_RNN_PADDED && count > o->tokens / longest) count = o->tokens / longest;
     SIDA_TRY(SIDA_ALLOC(&lengths, count, "the lengths of a batch"));
     int64_t left = o->tokens - count; /* one for each, the others from the front */
     for (int64_t s = 0; s < count; s++) {
         int64_t more = left < longest - 1 ? left : longest - 1;
-        if (o->layout == SIDA_RNN_PADDED) more = longest - 1;
         lengths[s] = 1 + (int32_t)more;
         left -= more;
     }
@@ -288,15 +281,12 @@ out:
 static sida_status describe_batch(sida_rnn *rnn) {
     sida_status status = SIDA_OK;
     const sida_rnn_options *o = &rnn->options;
-    const cudnnRNNDataLayout_t layout = o->layout == SIDA_RNN_PADDED
-                                            ? CUDNN_RNN_DATA_LAYOUT_SEQ_MAJOR_UNPACKED
-                                            : CUDNN_RNN_DATA_LAYOUT_SEQ_MAJOR_PACKED;
     float padding = 0;
     const int units = units_of(rnn), shape[3] = {pseudo_layers(rnn), rnn->sequences, units},
               strides[3] = {rnn->sequences * units, units, 1};
     CUDNN_TRY(rnn, set_tensor, rnn->state, CUDNN_DATA_FLOAT, 3, shape, strides);
-    CUDNN_TRY(rnn, set_data, rnn->data, CUDNN_DATA_FLOAT, layout, rnn->longest, rnn->sequences,
-              o->hidden, rnn->lengths, &padding);
+    CUDNN_TRY(rnn, set_data, rnn->data, CUDNN_DATA_FLOAT, CUDNN_RNN_DATA_LAYOUT_SEQ_MAJOR_PACKED,
+              rnn->longest, rnn->sequences, o->hidden, rnn->lengths, &padding);
     CUDNN_TRY(rnn, space_sizes, owner(rnn)->handle, rnn->rnn, CUDNN_FWD_MODE_TRAINING, rnn->data,
               &rnn->workspace_bytes, &rnn->reserve_bytes);
     SIDA_TRY(reserve_bytes(rnn, &owner(rnn)->workspace, rnn->workspace_bytes, "cuDNN's workspace"));
@@ -319,7 +309,6 @@ sida_status sida_rnn_set_lengths(sida_rnn *rnn, const int32_t *lengths, int32_t 
     rnn->sequences = rnn->longest = 0;
     rnn->rows = 0;
     if (count == 0) return SIDA_OK;
-    if (o->layout == SIDA_RNN_PADDED) rows = (int64_t)count * lengths[0];
     if (count > o->sequences || lengths[0] > o->longest || rows > o->tokens || rows > INT32_MAX)
         SIDA_FAIL(SIDA_ERROR_ARGUMENT,
                   "a batch of %d sequences of at most %d tokens, %" PRId64
@@ -355,8 +344,7 @@ void sida_rnn_steps(const sida_rnn *rnn, int32_t *step) {
     int32_t running = rnn->sequences;
     step[0] = 0;
     for (int32_t t = 0; t < rnn->longest; t++) {
-        if (rnn->options.layout == SIDA_RNN_PACKED)
-            while (running > 0 && rnn->lengths[running - 1] <= t) running--;
+        while (running > 0 && rnn->lengths[running - 1] <= t) running--;
         step[t + 1] = step[t] + running;
     }
 }
@@ -377,30 +365,18 @@ out:
     return status;
 }
 
-sida_status sida_rnn_backward_data(sida_rnn *rnn, float *d_x, const float *d_y, const float *y,
-                                   const float *weights) {
+sida_status sida_rnn_backward(sida_rnn *rnn, float *d_x, float *d_weights, const float *d_y,
+                              const float *x, const float *y, const float *weights) {
     sida_status status = SIDA_OK;
     if (rnn->rows == 0) return SIDA_OK;
     if (rnn->cluster)
-        return sida_rnn_cluster_backward_data(rnn->cluster, &rnn->map, rnn->mapped, rnn->rows, d_x,
-                                              d_y, y, weights);
+        return sida_rnn_cluster_backward(rnn->cluster, &rnn->map, rnn->mapped, rnn->rows, d_x,
+                                         d_weights, d_y, x, y, weights);
     SIDA_TRY(sida_cuda_use(rnn->stream->backend));
     CUDNN_TRY(rnn, backward_data, owner(rnn)->handle, rnn->rnn, NULL, rnn->data, y, d_y, rnn->data,
               d_x, rnn->state, NULL, NULL, NULL, rnn->state, NULL, NULL, NULL, rnn->weight_bytes,
               weights, rnn->workspace_bytes, owner(rnn)->workspace->data, rnn->reserve_bytes,
               rnn->reserve->data);
-out:
-    return status;
-}
-
-sida_status sida_rnn_backward_weights(sida_rnn *rnn, float *d_weights, const float *x,
-                                      const float *y) {
-    sida_status status = SIDA_OK;
-    if (rnn->rows == 0) return SIDA_OK;
-    if (rnn->cluster)
-        return sida_rnn_cluster_backward_weights(rnn->cluster, rnn->mapped, rnn->rows, d_weights,
-                                                 x);
-    SIDA_TRY(sida_cuda_use(rnn->stream->backend));
     CUDNN_TRY(rnn, backward_weights, owner(rnn)->handle, rnn->rnn, CUDNN_WGRAD_MODE_ADD, NULL,
               rnn->data, x, rnn->state, NULL, rnn->data, y, rnn->weight_bytes, d_weights,
               rnn->workspace_bytes, owner(rnn)->workspace->data, rnn->reserve_bytes,

@@ -62,13 +62,8 @@ sida_status sida_rnn_forward(sida_rnn *rnn, float *y, const float *x, const floa
     (void)rnn, (void)y, (void)x, (void)weights;
     abort();
 }
-sida_status sida_rnn_backward_data(sida_rnn *rnn, float *d_x, const float *d_y, const float *y,
-                                   const float *weights) {
-    (void)rnn, (void)d_x, (void)d_y, (void)y, (void)weights;
-    abort();
-}
-sida_status sida_rnn_backward_weights(sida_rnn *rnn, float *d_weights, const float *x,
-                                      const float *y) {
-    (void)rnn, (void)d_weights, (void)x, (void)y;
+sida_status sida_rnn_backward(sida_rnn *rnn, float *d_x, float *d_weights, const float *d_y,
+                              const float *x, const float *y, const float *weights) {
+    (void)rnn, (void)d_x, (void)d_weights, (void)d_y, (void)x, (void)y, (void)weights;
     abort();
 }

@@ -310,6 +310,8 @@ static sida_status forward_chunk(sida_stream *stream, const sida_sparsemax_train
     if (status == SIDA_OK)
         status = multiply(stream, b.results, q_stride, b.scores, s_stride, false, b.keys, k_stride,
                           false, b.q, b.width, b.k, false, count, call->tf32);
+    if (status == SIDA_OK && call->out_ready && first == 0)
+        status = sida_stream_wait(stream, call->out_ready);
     if (status == SIDA_OK) status = launch_moves(stream, out, 1, count, b.width, true);
     return status;
 }

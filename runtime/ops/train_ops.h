@@ -19,6 +19,11 @@ extern "C" {
 /* The first `bytes` at `data` become 0. */
 sida_status sida_zero_cuda(sida_stream *stream, void *data, size_t bytes);
 
+/* Before the first product on `beside`: it gets cuBLAS's handle and a quarter of its workspace from
+ * `stream`. The two streams' work may run at the same time; it is issued by one thread, and
+ * `beside` is destroyed first. */
+sida_status sida_beside_cuda(sida_stream *beside, sida_stream *stream);
+
 /* --- products. tf32: their factors may be rounded to TF32 (11 bits); sums are fp32. */
 
 /* sida_gemm_cpu's contract (gemm.h). */
@@ -34,11 +39,13 @@ sida_status sida_linear_train_cuda(sida_stream *stream, float *y, const float *x
 sida_status sida_linear_backward_cuda(sida_stream *stream, const sida_linear_backward_call *call,
                                       bool tf32, float *workspace);
 
-/* out[c] += Σ_r x[r, c]. workspace: SIDA_COLUMN_SUM_BYTES(cols). With `activated` [rows, cols] x is
- * first set to 0 where that is 0: the backward pass of relu and its bias in one; `out` may be NULL
- * then. */
-enum { SIDA_COLUMN_SUM_PARTS = 64 };
-#define SIDA_COLUMN_SUM_BYTES(cols) ((size_t)SIDA_COLUMN_SUM_PARTS * (size_t)(cols) * sizeof(float))
+/* out[c] += Σ_r x[r, c]. With `activated` [rows, cols] x is first set to 0 where that is 0: the
+ * backward pass of relu and its bias in one; `out` may be NULL then. workspace:
+ * SIDA_COLUMN_SUM_BYTES(cols), the first SIDA_COLUMN_SUM_COUNTS bytes of it 0 before the first of
+ * all calls, which leave them so; each stream has its own. */
+enum { SIDA_COLUMN_SUM_PARTS = 64, SIDA_COLUMN_SUM_COUNTS = 4096 };
+#define SIDA_COLUMN_SUM_BYTES(cols)                                                                \
+    (SIDA_COLUMN_SUM_COUNTS + (size_t)SIDA_COLUMN_SUM_PARTS * (size_t)(cols) * sizeof(float))
 sida_status sida_column_sum_cuda(sida_stream *stream, float *out, float *x, const float *activated,
                                  int64_t rows, int64_t cols, float *workspace);
 
@@ -67,6 +74,7 @@ typedef struct sida_sparsemax_train_call {
      * number may change sums in the last bits. 256-byte aligned. */
     void *workspace;
     size_t workspace_bytes;
+    sida_event *out_ready; /* what forward awaits before it adds to `out`, or NULL */
 } sida_sparsemax_train_call;
 
 /* What `sequences` take at a time; longest as in the maps. Forward needs less than backward. */
@@ -139,12 +147,15 @@ typedef struct sida_train_result {
 } sida_train_result;
 
 /* Fills *result. loss_partials: what sida_loss_cuda left, NULL for a side without; gradient
- * [count]; workspace [SIDA_TRAIN_PARTIALS]. */
+ * [count]; workspace: SIDA_TRAIN_FINISH_BYTES, the first SIDA_TRAIN_FINISH_COUNT of them 0 before
+ * the first of all calls, which leave them so. */
+enum { SIDA_TRAIN_FINISH_COUNT = 256 };
+#define SIDA_TRAIN_FINISH_BYTES (SIDA_TRAIN_FINISH_COUNT + SIDA_TRAIN_PARTIALS * sizeof(double))
 sida_status sida_train_finish_cuda(sida_stream *stream, sida_train_result *result,
                                    const double *const loss_partials[2], const float *gradient,
-                                   int64_t count, double *workspace);
+                                   int64_t count, void *workspace);
 
-/* A step of AdamW (trainer/adamw.h) in numbers: on the host, copied to the device. */
+/* A step of AdamW (trainer/adamw.h) in numbers. */
 typedef struct sida_adamw_scalars {
     float beta1, beta2, rest1, rest2, decay, rate, root, epsilon;
     double clip; /* the gradient's norm is scaled down to it; 0: no clipping */
@@ -153,8 +164,9 @@ typedef struct sida_adamw_scalars {
 sida_adamw_scalars sida_adamw_scalars_of(double beta1, double beta2, double epsilon, double lr,
                                          double weight_decay, int64_t step, double clip);
 
-/* parameters, first, second, gradient: [count]; scalars and result on the device. The gradient is
- * clipped as it is read and set to 0 behind it where `zero_gradient`. */
+/* parameters, first, second, gradient: [count]; result on the device, scalars on the host, read
+ * before this returns. The gradient is clipped as it is read and set to 0 behind it where
+ * `zero_gradient`. */
 sida_status sida_adamw_cuda(sida_stream *stream, float *parameters, float *first, float *second,
                             float *gradient, int64_t count, const sida_adamw_scalars *scalars,
                             const sida_train_result *result, bool zero_gradient);

@@ -1,5 +1,6 @@
 /* The LSTM of training on cuDNN against the CPU's ops: outputs, the gradient of the input, and of
- * every tensor, over sequences of different lengths, in both layouts, in one direction and in two.
+ * every tensor, over sequences of different lengths, in one direction and in two; the kernels of
+ * our own with a stream beside for the gradients of the weights and without.
  *
  * `tight` serves outputs: gates are bounded, sums of 2 x 256 terms at most differ in order and in
  * the last bits of exp. Gradients go back through all tokens and are summed over them: 5e-5. With
@@ -163,10 +164,8 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
                        sida_rnn_options options, bool optional) {
     const int64_t h = c->hidden;
     char what[120];
-    snprintf(what, sizeof what,
-             "LSTM of %d x %d, %d ways, %d sequences, layout %d, algorithm %d, tf32 %d", c->layers,
-             c->hidden, directions(c), c->sequences, options.layout, options.algorithm,
-             options.tf32);
+    snprintf(what, sizeof what, "LSTM of %d x %d, %d ways, %d sequences, algorithm %d, tf32 %d",
+             c->layers, c->hidden, directions(c), c->sequences, options.algorithm, options.tf32);
     sida_rnn *rnn;
     const sida_status made = sida_rnn_create(&rnn, stream, &options);
     if (made == SIDA_ERROR_UNSUPPORTED && optional) {
@@ -182,7 +181,7 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
     sida_rnn_steps(rnn, step);
     assert_int_equal(longest, c->lengths[0]);
     assert_int_equal(step[longest], rows);
-    if (options.layout == SIDA_RNN_PACKED) assert_int_equal(rows, r->offsets[c->sequences]);
+    assert_int_equal(rows, r->offsets[c->sequences]);
 
     const int64_t space = sida_rnn_weight_items(rnn);
     const size_t space_bytes = (size_t)space * sizeof(float), bytes = (size_t)items * sizeof(float);
@@ -192,7 +191,6 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
     sida_rnn_pack(rnn, start, before);
     float *ranked = host(items + 1), *got = host(items + 1);
     float *device_weights = put_floats(weights, space), *device_gradient = put_floats(start, space);
-    for (int64_t i = 0; i < items; i++) ranked[i] = 3; /* padding, of no influence */
     reorder(ranked, r->x, r, c, step, false);
     float *x = put_floats(ranked, items), *y = room(bytes), *d_x = room(bytes);
     reorder(ranked, r->d_y, r, c, step, false);
@@ -219,8 +217,9 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
         }
         if (status != SIDA_OK) fail_msg("%s: %s", what, sida_last_message());
         if (in_place) OK(sida_copy(stream, d_x, d_y, bytes));
-        OK(sida_rnn_backward_data(rnn, d_x, in_place ? d_x : d_y, y, device_weights));
-        OK(sida_rnn_backward_weights(rnn, device_gradient, x, y));
+        OK(sida_rnn_backward(rnn, d_x, device_gradient, in_place ? d_x : d_y, x, y,
+                             device_weights));
+        if (options.gradient_stream) OK(sida_stream_synchronize(options.gradient_stream));
         get(runs[run].y, y, bytes);
         get(runs[run].d_x, d_x, bytes);
         get(runs[run].space, device_gradient, space_bytes);
@@ -244,11 +243,6 @@ static void check_plan(const rnn_case *c, const reference *r, const sida_rnn_wei
             expect_cell(cell, &gradients[i], &r->gradients[i], c,
                         options.tf32 ? tf32_close : backward);
         }
-        if (options.layout == SIDA_RNN_PADDED)
-            for (int s = 0; s < c->sequences; s++)
-                for (int32_t t = c->lengths[s]; t < longest && c->lengths[s] > 0; t++)
-                    for (int64_t k = 0; k < h; k++)
-                        assert_true(runs[0].y[(step[t] + s) * h + k] == 0);
     }
     OK(sida_stream_synchronize(stream));
     sida_rnn_destroy(rnn);
@@ -273,24 +267,25 @@ static void check_rnn(rnn_case c) {
                (size_t)cell_items(&c) * sizeof(float));
     run_reference(&r, &c);
     const int kept_blocks = block_count, kept_buffers = buffer_count;
-    for (int way = 0; way < 9; way++) {
+    sida_stream *beside;
+    OK(sida_stream_create(backend, &beside, SIDA_STREAM_BESIDE));
+    OK(sida_beside_cuda(beside, stream));
+    for (int way = gpu_cases(0, 2); way < 4; way++) { /* not cuDNN's kernels in small */
+        const bool own = way >= 2;
         sida_rnn_options options = {.hidden = c.hidden,
                                     .layers = c.layers,
                                     .bidirectional = c.both,
                                     .sequences = c.sequences,
                                     .longest = longest,
                                     .tokens = (int64_t)c.sequences * longest,
-                                    .layout = way & 1 ? SIDA_RNN_PADDED : SIDA_RNN_PACKED,
-                                    .algorithm = way & 2 ? SIDA_RNN_PERSISTENT : SIDA_RNN_STANDARD,
-                                    .tf32 = way & 4};
-        if (way == 8) {
-            options.algorithm = SIDA_RNN_CLUSTER;
-            options.tf32 = true;
-        }
-        check_plan(&c, &r, before, options, options.algorithm != SIDA_RNN_STANDARD);
+                                    .algorithm = own ? SIDA_RNN_CLUSTER : SIDA_RNN_STANDARD,
+                                    .tf32 = way > 0,
+                                    .gradient_stream = way == 3 ? beside : NULL};
+        check_plan(&c, &r, before, options, own);
         while (buffer_count > kept_buffers) sida_buffer_destroy(buffers[--buffer_count]);
         while (block_count > kept_blocks) free(blocks[--block_count]);
     }
+    sida_stream_destroy(beside);
     end_case();
 }
 
@@ -301,10 +296,11 @@ static void test_rnn(void **state) {
         check_rnn((rnn_case){64, 2, 4, {9, 9, 9, 9}, both});
         check_rnn((rnn_case){64, 2, 6, {12, 7, 7, 3, 1, 0}, both});
         check_rnn((rnn_case){256, 2, 3, {20, 11, 2}, both});
-        check_rnn((rnn_case){128, 4, 2, {5, 4}, both});
+        check_rnn((rnn_case){128, gpu_cases(4, 1), 2, {5, 4}, both});
+        check_rnn((rnn_case){192, 3, 16, {6, 6, 5, 5, 5, 4, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1}, both});
+        if (gpu_small()) continue;
         check_rnn((rnn_case){
             256, 1, 19, {33, 33, 30, 29, 9, 9, 9, 9, 9, 8, 8, 8, 8, 8, 8, 8, 7, 3, 0}, both});
-        check_rnn((rnn_case){192, 3, 16, {6, 6, 5, 5, 5, 4, 4, 4, 4, 3, 3, 2, 2, 1, 1, 1}, both});
     }
 }
 
@@ -312,6 +308,7 @@ static void test_rnn(void **state) {
  * its limits. */
 static void test_rnn_batches(void **state) {
     (void)state;
+    if (gpu_small()) skip(); /* cuDNN's */
     enum { hidden = 64, rows = 40 };
     sida_rnn_options options = {
         .hidden = hidden, .layers = 2, .sequences = 4, .longest = 10, .tokens = rows};
@@ -336,7 +333,8 @@ static void test_rnn_batches(void **state) {
         for (int i = 0; i < 2 && n; i++) get(got[i], y[i], (size_t)n * hidden * sizeof(float));
         assert_memory_equal(got[0], got[1], (size_t)n * hidden * sizeof(float));
     }
-    OK(sida_rnn_backward_data(first, y[1], x, y[0], weights)); /* of 40 rows */
+    float *gradient = put_floats(normal(space, 1), space);
+    OK(sida_rnn_backward(first, y[1], gradient, x, x, y[0], weights)); /* of 40 rows */
     OK(sida_stream_synchronize(stream));
     const int32_t too_long[1] = {11}, too_many[5] = {1, 1, 1, 1, 1};
     assert_int_equal(sida_rnn_set_lengths(first, too_long, 1), SIDA_ERROR_ARGUMENT);

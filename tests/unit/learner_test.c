@@ -2,6 +2,7 @@
  * when something fails. Its ops are tests/train_ops_host.c's; tests/gpu/train_cuda_test.c has the
  * real ones. */
 #include "tests/learner_rig.h"
+#include "tests/streams_host.h"
 #include "trainer/feed.h"
 
 #include <unistd.h>
@@ -107,6 +108,45 @@ static void not_finite(void **state) {
     rig_not_finite(backend, sida_learner_create_cuda, rig_default());
     rig_not_finite(backend, sida_learner_create_cuda, rig_variant(3, 2, RIG_TRANSFORMER));
     sida_backend_destroy(backend);
+}
+
+/* Whichever of its two streams is ahead, as far as events let it: the same bytes. And when it is
+ * thrown away with work on both. */
+static void streams(void **state) {
+    (void)state;
+    static const sida_stream_kind eager[2] = {SIDA_STREAM_COMPUTE, SIDA_STREAM_BESIDE};
+    static const int32_t layers[3][2] = {{3, 2}, {3, 0}, {0, 2}};
+    int32_t order[64];
+    for (int way = 0; way < 2 * RIG_VARIANTS; way++) {
+        const int32_t *sides = layers[way % 3];
+        rig_shape shape = rig_variant(sides[0], sides[1], way / 2);
+        sida_dataset data = rig_data(shape);
+        sida_learner_options options = rig_options();
+        options.device_batch = way % 2 ? 3 : 0;
+        rig_order(order, shape.sequences);
+        sida_train_state plain = rig_state(shape);
+        sida_backend *backend = open_device();
+        rig_train(&plain, sida_learner_create_cuda, backend, &data, &options, order,
+                  shape.sequences, 4, 1e-3);
+        sida_backend_destroy(backend);
+        for (int i = 0; i < 2; i++) {
+            sida_train_state s = rig_state(shape);
+            sida_learner *learner;
+            backend = open_device();
+            streams_host_begin(backend, eager[i]);
+            rig_train(&s, sida_learner_create_cuda, backend, &data, &options, order,
+                      shape.sequences, 4, 1e-3);
+            rig_same_bytes(&s, &plain);
+            RIG_OK(sida_learner_create_cuda(&learner, backend, &s, &data, &options));
+            RIG_OK(sida_learner_begin(learner, order, shape.sequences));
+            RIG_OK(sida_learner_step(learner, 1e-3));
+            sida_learner_destroy(learner);
+            sida_train_state_free(&s);
+            sida_backend_destroy(backend);
+        }
+        sida_train_state_free(&plain);
+        sida_dataset_free(&data);
+    }
 }
 
 /* A copy that fails is an error of the step, not a wrong result. */
@@ -254,9 +294,9 @@ static void no_labels(void **state) {
 }
 
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(input),      cmocka_unit_test(no_labels),
-                                       cmocka_unit_test(gradients),  cmocka_unit_test(curve),
-                                       cmocka_unit_test(same_bytes), cmocka_unit_test(memory),
-                                       cmocka_unit_test(not_finite), cmocka_unit_test(lost_device)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(input),      cmocka_unit_test(no_labels),   cmocka_unit_test(gradients),
+        cmocka_unit_test(curve),      cmocka_unit_test(same_bytes),  cmocka_unit_test(memory),
+        cmocka_unit_test(not_finite), cmocka_unit_test(lost_device), cmocka_unit_test(streams)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

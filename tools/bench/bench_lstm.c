@@ -67,7 +67,6 @@ static sida_status open_case(bench *b) {
                                                  .sequences = b->sequences,
                                                  .longest = b->length,
                                                  .tokens = (int64_t)b->sequences * b->length,
-                                                 .layout = SIDA_RNN_PACKED,
                                                  .algorithm = b->algorithm,
                                                  .tf32 = b->tf32}));
     SIDA_TRY(make(b, &b->weights, sida_rnn_weight_items(b->rnn)));
@@ -100,9 +99,8 @@ static sida_status run(bench *b, int32_t count) {
     sida_status status = SIDA_OK;
     for (int32_t i = 0; i < count; i++) {
         SIDA_TRY(sida_rnn_forward(b->rnn, b->y->data, b->x->data, b->weights->data));
-        SIDA_TRY(sida_rnn_backward_data(b->rnn, b->d_x->data, b->d_y->data, b->y->data,
-                                        b->weights->data));
-        SIDA_TRY(sida_rnn_backward_weights(b->rnn, b->d_weights->data, b->x->data, b->y->data));
+        SIDA_TRY(sida_rnn_backward(b->rnn, b->d_x->data, b->d_weights->data, b->d_y->data,
+                                   b->x->data, b->y->data, b->weights->data));
     }
     SIDA_TRY(sida_stream_synchronize(b->stream));
 out:
