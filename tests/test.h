@@ -15,6 +15,12 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+/* SIDA_TEST_FILTER=PATTERN runs the tests of a program whose names match, * and ? as in a shell. */
+__attribute__((constructor)) static void test_filter(void) {
+    const char *pattern = getenv("SIDA_TEST_FILTER");
+    if (pattern) cmocka_set_test_filter(pattern);
+}
+
 /* CTest reads it as "skipped" (SKIP_RETURN_CODE). */
 static inline int test_skip(const char *reason) {
     printf("skipped: %s\n", reason);

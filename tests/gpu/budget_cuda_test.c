@@ -17,12 +17,12 @@ static void run(const char *budget, sida_engine_facts *facts, sida_report *first
     options.device = "cuda";
     options.budget = budget;
     options.batch = 4;
-    options.max_tokens = 128;
+    options.max_tokens = gpu_cases(128, 24);
     options.truncate = true;
-    options.max_new_tokens = 4;
+    options.max_new_tokens = gpu_cases(4, 2);
     job.format = "sst2";
     job.input = SAMPLE_INPUT;
-    job.limit = 48;
+    job.limit = gpu_cases(48, 4);
     job.digest = true;
     OK(sida_engine_open(&engine, &options));
     OK(sida_engine_run(engine, &job, first));
@@ -50,13 +50,14 @@ static void test_size(void **state) {
     run("100%", &all, &resident[0], &resident[1]);
     uint64_t bytes = all.dense_bytes + all.workspace_bytes + all.driver_bytes + room;
     snprintf(budget, sizeof budget, "%llu", (unsigned long long)bytes);
+    if (gpu_small()) snprintf(budget, sizeof budget, "8-experts");
     run(budget, &few, part, part + 1);
     assert_false(few.resident);
     assert_true(few.slots >= 2 && few.slots < few.experts);
     for (int i = 0; i < 2; i++) {
         assert_string_equal(part[i].digest, resident[i].digest);
         assert_true(part[i].bytes_moved > 0);
-        if (part[i].driver_bytes_peak > bytes)
+        if (!gpu_small() && part[i].driver_bytes_peak > bytes)
             fail_msg("%llu bytes by the driver, budget %s",
                      (unsigned long long)part[i].driver_bytes_peak, budget);
     }
@@ -67,6 +68,7 @@ static void test_larger_than_device(void **state) {
     (void)state;
     sida_engine_facts facts;
     sida_report first, second;
+    if (gpu_small()) skip(); /* as test_size, from another size */
     run("100TiB", &facts, &first, &second);
     assert_true(facts.resident);
 }

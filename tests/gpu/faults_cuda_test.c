@@ -6,7 +6,7 @@
 
 #include <unistd.h>
 
-enum { SEQUENCES = 12 };
+enum { SEQUENCES = 12, HANGS_AFTER_S = 60 };
 
 static int warnings;
 static char last_warning[512];
@@ -72,11 +72,11 @@ static void test_no_pinned(void **state) {
 /* The N-th copy and everything behind it fails. */
 static void test_lost(void **state) {
     (void)state;
-    for (int64_t at = 1; at <= 61; at += 12) {
+    for (int64_t at = 1; at <= 61; at += gpu_cases(12, 60)) {
         rig r;
         sida_pass_stats stats;
         rig_open_on(&r, open_with((sida_cuda_options){.fail_copy = at}), NULL, SEQUENCES);
-        alarm(60); /* a hang ends the test */
+        alarm((unsigned)gpu_cases(HANGS_AFTER_S, 10 * HANGS_AFTER_S)); /* ends the test */
         assert_int_equal(rig_pass(&r, &stats, options_of(&r, 3), 1, (unsigned)at),
                          SIDA_ERROR_DEVICE);
         alarm(0);

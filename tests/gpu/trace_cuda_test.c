@@ -42,9 +42,9 @@ static void test_top(void **state) {
     static const int32_t experts[] = {1, 8, 33, 64, 128, 256, 512, 700, 2048},
                          tops[] = {1, 2, 30, 32, 33, 64, 700};
     static const int64_t rows[] = {1, 5, 130};
-    for (int e = 0; e < 9; e++)
-        for (int t = 0; t < 7; t++)
-            for (int r = 0; r < 3; r++)
+    for (int e = 0; e < 9; e += gpu_step(2))
+        for (int t = 0; t < 7; t += gpu_step(3))
+            for (int r = 0; r < gpu_cases(3, 2); r++)
                 for (int kind = 0; kind < 3; kind++) {
                     if (tops[t] > experts[e]) continue;
                     /* Plain; many ties; one that is all but certain. */
@@ -70,7 +70,7 @@ static void test_recording(void **state) {
     (void)state;
     static const char *const folders[] = {"base",         "every-layer", "dense-decoder",
                                           "gated-untied", "overflow",    "bf16-sharded"};
-    for (int i = 0; i < 6; i++) {
+    for (int i = gpu_cases(0, 3); i < gpu_cases(6, 4); i++) {
         char folder[64];
         sida_backend *device = gpu_open();
         assert_non_null(device);
@@ -93,12 +93,12 @@ static void run_tracer(const char *output, const char *device, bool targets) {
     options.device = device;
     options.truncate = true;
     options.batch = 7;
-    options.limit = 60;
-    options.generate = 6;
+    options.limit = gpu_cases(60, 7);
+    options.generate = gpu_cases(6, 2);
     options.part_tokens = 500;
     OK(sida_tracer_run(&options, &report));
     assert_string_equal(report.device, device);
-    assert_int_equal(report.sequences, 60);
+    assert_int_equal(report.sequences, options.limit);
 }
 
 /* The share of tokens and layers for which both chose the same experts. */
