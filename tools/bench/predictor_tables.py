@@ -1,38 +1,81 @@
 """The tables of tools/bench/predictors: means over seeds; an interval goes from the lowest end of a
 seed's to the highest of another's, so it is no narrower than any of them."""
 
-from statistics import mean
+import json
+from statistics import mean, median
 
-from tables import markdown
-
-METRICS = ["hit@1", "hit@3", "set_recall_equal"]
 SETS = ["sst2", "mrpc", "multirc", "prose"]
 TITLES = {"sst2": "SST-2", "mrpc": "MRPC", "multirc": "MultiRC", "prose": "prose"}
+METRICS = {"hit@1": "hit@1", "hit@3": "hit@3", "set_recall_equal": "equal recall"}
+SIDES = ("encoder", "decoder")
+PAPER, AGAIN, FIRST = "the paper's", "the paper's, PyTorch", "default"
+# In the order of the tables; what the others are compared with comes last.
+ROWS = {
+    "popular": "the layer's most popular",
+    "layer-hash": "layer-hash",
+    "router": "the routers on LN(embedding)",
+    "table": "token-id table",
+    "bigram": "(token before, token) table",
+    PAPER: "the paper's net",
+    AGAIN: "the same, in PyTorch",
+    "lstm, our loss": "the paper's net, our loss",
+    "lstm, two directions": "the same, in two directions",
+    "ceiling": "a wide Transformer in PyTorch",
+    "itself in bf16": "the model itself in bf16",
+    "itself in fp32": "the model itself in fp32",
+    FIRST: "**the default**",
+}
+WAYS = {
+    "refined": "**the refinement**",
+    "up_front": "what was said up front",
+    "hidden_state": "their routers on the hidden state",
+}
+KNOWS_NO_FACTORS = ("popular", "layer-hash", "router")
 
 
-def sets_of(results):
-    """What was trained on."""
-    return results["settings"].get("sets", SETS)
+# --- the files
+
+
+def load(paths, form):
+    """One set of results, of each set what was measured last. runs: {set: settings, commit, …}"""
+    files = []
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            results = json.load(file)
+        if results.get("format") != form:
+            raise ValueError(f"{path}: not a file of this program ({form})")
+        files.append(results)
+    merged = {"runs": {}, "traces": {}, "sweep": [], "trained": [], "evaluations": []}
+    for results in sorted(files, key=lambda x: x["date"]):
+        names = results["settings"]["sets"]
+        for name in names:
+            run = {key: results[key] for key in ("settings", "commit", "machine", "date")}
+            merged["runs"][name] = run | {"traces": results["traces"]}
+        for key, of in (("sweep", "set"), ("trained", "set"), ("evaluations", "trained_on")):
+            merged[key] = [x for x in merged[key] if x[of] not in names] + results[key]
+        if "shares" in results:
+            merged["shares"] = results["shares"]
+            merged["shares_machine"] = results["machine"]
+    merged["runs"] = {name: merged["runs"][name] for name in SETS if name in merged["runs"]}
+    return merged
 
 
 def of(results, learnt, name):
     return [x for x in results["evaluations"] if (x["trained_on"], x["set"]) == (learnt, name)]
 
 
-def rows_of(results):
-    """The first is what the others are compared with; it comes last in the tables."""
-    first, *others = results["evaluations"][0]["rows"]
-    return [*others, first]
+def rows_of(runs):
+    """Those that all have."""
+    return [row for row in ROWS if runs and all(row in run["rows"] for run in runs)]
 
 
-def rows_everywhere(results):
-    """Without those that were measured at home only."""
-    shifted = of(results, "sst2", SETS[1])[0]["rows"]
-    return [row for row in rows_of(results) if row in shifted]
+# --- cells
 
 
-def values(runs, row, scope, metric):
-    return [run["rows"][row][scope][metric] for run in runs if scope in run["rows"][row]]
+def values(runs, row, scope, metric, all_tokens=False):
+    found = [run["rows"][row] for run in runs]
+    found = [x["all_tokens"] for x in found] if all_tokens else found
+    return [x[scope][metric] for x in found if scope in x]
 
 
 def figure(found):
@@ -45,68 +88,100 @@ def figure(found):
 
 def interval(runs, row, metric, scope="overall"):
     found = [run["rows"][row].get("better_by", {}).get(scope, {}).get(metric) for run in runs]
-    if not found or None in found:
+    return "" if None in found else spanning(found)
+
+
+def spanning(found):
+    if not found:
         return ""
     low, high = min(x["low"] for x in found), max(x["high"] for x in found)
     return f"{mean(x['mean'] for x in found):+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def settings(results, name):
+    """What was trained on how much, in a line."""
+    run, size = results["runs"][name], results["runs"][name]["traces"][name]
+    s, train, test = run["settings"], size["train"], size["test"]
+    longest = max((x["steps"] or 0 for x in results["trained"] if x["set"] == name), default=0)
+    said = "A quick run, whose figures say nothing. " if s["quick"] else ""
+    said += f"**{TITLES[name]}**: {train['sequences']:,} sequences to train on "
+    tokens = (f"{train[side + '_tokens']:,} {side}" for side in SIDES)
+    said += f"({' and '.join(tokens)} tokens), {longest:,} steps of {s['batch']}; "
+    said += f"{test['sequences']:,} held out; seeds {', '.join(map(str, s['seeds']))}; "
+    return said + f"commit {run['commit'][:12]}, {run['machine']['device']}.\n"
+
+
+# --- tables: (head, lines)
+
+
 def in_domain(results, name):
     runs = of(results, name, name)
-    first = rows_of(results)[-1]
-    head = [TITLES[name], "hit@1", "hit@3", "equal recall", "encoder hit@1", "decoder hit@1"]
-    head += ["hit@1, all tokens", "α error"] + [f"{first} better: {m}" for m in ("hit@1", "hit@3")]
-    head.append(f"{first} better: equal recall")
+    head = [TITLES[name], *METRICS.values(), "α error"]
+    head += [f"all tokens: {x}" for x in METRICS.values()]
+    head += [f"default better: {x}" for x in METRICS.values()]
     lines = []
-    for row in rows_of(results):
-        line = [row] + [figure(values(runs, row, "overall", metric)) for metric in METRICS]
-        line += [figure(values(runs, row, side, "hit@1")) for side in ("encoder", "decoder")]
-        whole = [run["rows"][row]["all_tokens"]["overall"]["hit@1"] for run in runs]
-        line += [figure(whole), figure(values(runs, row, "overall", "alpha_error"))]
-        lines.append(line + [interval(runs, row, metric) for metric in METRICS])
+    for row in rows_of(runs):
+        line = [ROWS[row]] + [figure(values(runs, row, "overall", x)) for x in METRICS]
+        line.append(figure(values(runs, row, "overall", "alpha_error")))
+        line += [f"{mean(values(runs, row, 'overall', x, True)):.1f}" for x in METRICS]
+        lines.append(line + [interval(runs, row, x) for x in METRICS])
     return head, lines
 
 
 def decoders(results):
     """The decoder alone, where it says something: on span corruption."""
     runs = of(results, "prose", "prose")
-    if not runs:
-        return ["prose, decoder"], []
-    head = ["prose, decoder", "hit@1", "hit@3", "equal recall"]
-    head += [f"better: {m}" for m in ("hit@1", "hit@3", "equal recall")]
+    head = ["prose, decoder", *METRICS.values()]
+    head += [f"default better: {x}" for x in METRICS.values()]
     lines = []
-    for row in rows_of(results):
-        line = [row] + [figure(values(runs, row, "decoder", metric)) for metric in METRICS]
-        lines.append(line + [interval(runs, row, metric, "decoder") for metric in METRICS])
+    for row in rows_of(runs):
+        line = [ROWS[row]] + [figure(values(runs, row, "decoder", x)) for x in METRICS]
+        lines.append(line + [interval(runs, row, x, "decoder") for x in METRICS])
+    return head, lines
+
+
+def torch(results):
+    """The same network and settings, trained here and in PyTorch."""
+    head = ["the paper's net", "hit@1", "in PyTorch", "difference"]
+    head += ["hit@3", "in PyTorch", "difference"]
+    lines = []
+    for name in results["runs"]:
+        runs = of(results, name, name)
+        if AGAIN not in rows_of(runs):
+            continue
+        line = [TITLES[name]]
+        for metric in ("hit@1", "hit@3"):
+            ours, theirs = (values(runs, row, "overall", metric) for row in (PAPER, AGAIN))
+            line += [figure(ours), figure(theirs), f"{mean(ours) - mean(theirs):+.2f}"]
+        lines.append(line)
     return head, lines
 
 
 def shift(results):
     head = ["trained on SST-2"]
-    if "sst2" not in sets_of(results):
-        return head, []
     for name in SETS[1:]:
-        head += [f"{TITLES[name]} hit@1", "drop", "equal recall", "drop"]
+        head += [f"{TITLES[name]}: hit@1", "drop", "equal recall", "drop"]
     lines = []
-    for row in rows_everywhere(results):
-        line = [row]
-        for name in SETS[1:]:
+    there = {name: of(results, "sst2", name) for name in SETS[1:]}
+    rows = [x for x in rows_of(there["mrpc"]) if x != "router"]  # it learns nothing
+    for row in rows:
+        line = [ROWS[row]]
+        for name, runs in there.items():
+            at_home = of(results, name, name)
             for metric in ("hit@1", "set_recall_equal"):
-                there = values(of(results, "sst2", name), row, "overall", metric)
-                at_home = values(of(results, name, name), row, "overall", metric)
-                drop = f"{mean(at_home) - mean(there):.1f}" if at_home else ""
-                line += [figure(there), drop]
+                found = values(runs, row, "overall", metric)
+                line.append(figure(found))
+                known = row in rows_of(at_home) and values(at_home, row, "overall", metric)
+                line.append(f"{mean(known) - mean(found):.1f}" if known else "")
         lines.append(line)
     return head, lines
 
 
 def margins(results):
-    first = rows_of(results)[-1]
     head = ["router's margin, fifths from low to high", "1", "2", "3", "4", "5"]
     lines = []
-    for name in sets_of(results):
-        runs = of(results, name, name)
-        bins = [run["rows"][first]["margins"] for run in runs]
+    for name in results["runs"]:
+        bins = [run["rows"][FIRST]["margins"] for run in of(results, name, name)]
         top = [f"{x['from']:.3f}–{x['to']:.3f}" for x in bins[0]]
         lines.append([f"{TITLES[name]}: p1 − p2", *top])
         for metric in ("hit@1", "hit@3"):
@@ -116,64 +191,97 @@ def margins(results):
 
 
 def alphas(results):
-    head = ["α, points", "side", "mean error", "the layer's mean instead"]
+    head = ["α, points: mean error", "encoder", "its mean instead", "decoder", "its mean instead"]
     lines = []
-    for name in sets_of(results):
+    for name in results["runs"]:
         runs = of(results, name, name)
-        for row in rows_of(results):
-            for side in ("encoder", "decoder"):
-                errors = values(runs, row, side, "alpha_error")
-                constant = values(runs, row, side, "alpha_constant_error")
-                if errors and row not in ("popular", "layer-hash", "router"):
-                    lines.append(
-                        [f"{TITLES[name]}, {row}", side, figure(errors), figure(constant)]
-                    )
+        for row in rows_of(runs):
+            if row in KNOWS_NO_FACTORS:
+                continue
+            line = [f"{TITLES[name]}, {ROWS[row]}"]
+            for side in SIDES:
+                line.append(figure(values(runs, row, side, "alpha_error")))
+                line.append(figure(values(runs, row, side, "alpha_constant_error")))
+            lines.append(line)
     return head, lines
 
 
 def calibration(results):
-    first = rows_of(results)[-1]
-    head = [f"{first}: predicted α"] + [f"{b / 10:.1f}–{(b + 1) / 10:.1f}" for b in range(10)]
+    head = ["the default's α"] + [f"{b / 10:.1f}–{(b + 1) / 10:.1f}" for b in range(10)]
     lines = []
-    for name in sets_of(results):
-        bins = [run["rows"][first]["calibration"] for run in of(results, name, name)]
+    for name in results["runs"]:
+        runs = of(results, name, name)
+        bins = [run["rows"][FIRST]["calibration"] for run in runs]
 
-        def across(key, form, bins=bins):
+        def across(key, bins=bins):
             cells = []
             for b in range(10):
                 pairs = sum(x[b]["pairs"] for x in bins)
-                total = sum(x[b][key] * (x[b]["pairs"] if key != "pairs" else 1) for x in bins)
-                cells.append(form.format(total / (pairs if key != "pairs" else 1)) if pairs else "")
+                total = sum(x[b][key] * x[b]["pairs"] for x in bins)
+                cells.append(f"{total / pairs:.1f}" if pairs else "")
             return cells
 
-        lines.append([f"{TITLES[name]}: mean", *across("predicted", "{:.1f}")])
-        lines.append([f"{TITLES[name]}: applied", *across("applied", "{:.1f}")])
-        lines.append([f"{TITLES[name]}: pairs", *across("pairs", "{:,.0f}")])
+        total = sum(x["pairs"] for run in bins for x in run)
+        of_pairs = [sum(x[b]["pairs"] for x in bins) / total for b in range(10)]
+        lines.append([f"{TITLES[name]}: mean", *across("predicted")])
+        lines.append([f"{TITLES[name]}: applied", *across("applied")])
+        lines.append([f"{TITLES[name]}: of all pairs", *(f"{x:.1%}" for x in of_pairs)])
     return head, lines
 
 
-def name_of(record):
-    return f"{TITLES[record['set']]}, {record['row']}"
+def refinement(results):
+    """The layers behind one whose true routing is known, all ways with as many experts."""
+    head = ["layers behind", "predicted by", *METRICS.values()]
+    head += [f"refined better: {x}" for x in METRICS.values()]
+    lines = []
+    for name in results["runs"]:
+        runs = [run["refined"] for run in of(results, name, name) if run.get("refined")]
+        for behind in range(min(map(len, runs), default=0)):
+            scopes = [run[behind]["overall"] for run in runs]
+            ways = [x for x in scopes[0] if x not in ("better_by", "all_tokens")]
+            for way in ways[1:] + ways[:1]:
+                line = [f"{TITLES[name]}, MoE layer {runs[0][behind]['behind']}", WAYS[way]]
+                line += [figure([scope[way][x] for scope in scopes]) for x in METRICS]
+                found = [scope["better_by"].get(way) for scope in scopes]
+                line += [spanning([x[metric] for x in found if x]) for metric in METRICS]
+                lines.append(line)
+    return head, lines
+
+
+def shares(results):
+    """Medians; what `sida run` says of SST-2's test."""
+    head = ["predicting", "device", "sequences a batch", "ms a batch", "of the inference's time"]
+    head += ["the inference waits", "refining, ms a batch"]
+    groups = {}
+    for x in results.get("shares", []):
+        groups.setdefault((x["row"], x["device"], x["batch"]), []).append(x)
+    lines = []
+    for (row, device, batch), found in groups.items():
+        keys = ["hash_ms_per_batch", "hash_share", "table_wait_share", "refine_ms_per_batch"]
+        took, of_time, waits, refining = (median(x.get(k) or 0 for x in found) for k in keys)
+        line = [ROWS[row], device, str(batch), f"{took:.2f}", f"{of_time:.1%}", f"{waits:.2%}"]
+        lines.append([*line, f"{refining:.3f}" if refining else ""])
+    return head, lines
 
 
 def trainings(results):
-    head = ["training", "options", "steps", "kept epoch", "gain in the last quarter", "seconds"]
-    lines = []
-    seen = {}
+    head = ["training", "options", "steps", "kept epoch", "gain in the last quarter"]
+    head += ["gain of twice the steps", "seconds"]
+    lines, seen = [], {}
     for x in results["trained"]:
         if x["steps"]:
-            seen.setdefault((x["set"], x["row"]), []).append(x)
-    for (name, row), runs in seen.items():
+            seen.setdefault((SETS.index(x["set"]), list(ROWS).index(x["row"])), []).append(x)
+    for _, runs in sorted(seen.items()):
         kept = ", ".join(f"{x['kept_epoch']}/{x['epochs']}" for x in runs)
-        gain = max(x["gain_in_last_quarter"] for x in runs)
-        options = " ".join(runs[0]["options"]) or "the defaults"
+        twice = [x["gain_of_twice"] for x in runs if "gain_of_twice" in x]
         lines.append(
             [
-                f"{TITLES[name]}, {row}",
-                f"`{options}`",
+                f"{TITLES[runs[0]['set']]}, {ROWS[runs[0]['row']]}",
+                f"`{' '.join(runs[0]['options']) or 'the defaults'}`",
                 f"{runs[0]['steps']:,}",
                 kept,
-                f"{gain:.2f}",
+                f"{max(x['gain_in_last_quarter'] for x in runs):.2f}",
+                f"{twice[0]:+.2f}" if twice else "",
                 f"{mean(x['seconds'] for x in runs):.0f}",
             ]
         )
@@ -183,33 +291,19 @@ def trainings(results):
 def sweep(results):
     head = ["chosen from", "options", "valid hit@1"]
     return head, [
-        [name_of(x), f"`{' '.join(x['options'])}`", f"{x['valid_hit@1']:.2f}"]
+        [
+            f"{TITLES[x['set']]}, {ROWS[x['row']]}",
+            f"`{' '.join(x['options'])}`",
+            f"{x['valid_hit@1']:.2f}",
+        ]
         for x in results["sweep"]
     ]
 
 
 def sizes(results):
     head = ["set", "part", "sequences", "encoder tokens", "decoder tokens"]
-    return head, [
-        [TITLES[name], part] + [f"{size[k]:,}" for k in size]
-        for name, parts in results["traces"].items()
-        for part, size in parts.items()
-    ]
-
-
-def show(results):
-    seeds = len(results["settings"]["seeds"])
-    if results["settings"]["quick"]:
-        print("A quick run with few rows: these figures say nothing.\n")
-    print(
-        "Per cent, of content tokens on held-out inputs; means of "
-        f"{seeds} seeds, ± how far a seed is from the mean. \"better\": the "
-        "paired difference with its 95 % bootstrap interval over sequences, the widest over the "
-        f"seeds. Commit {results['commit'][:12]}, "
-        f"{results['machine']['device']}.\n"
-    )
-    parts = [in_domain(results, name) for name in sets_of(results)]
-    for make in (decoders, shift, margins, alphas, calibration, trainings, sweep, sizes):
-        parts.append(make(results))
-    for head, lines in parts:
-        print(markdown(head, lines) if lines else f"{head[0]}: nothing\n")
+    lines = []
+    for name, run in results["runs"].items():
+        for part, size in run["traces"][name].items():
+            lines.append([TITLES[name], part] + [f"{size[k]:,}" for k in size])
+    return head, lines
