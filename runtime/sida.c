@@ -123,6 +123,8 @@ static sida_status place_predictor(sida_engine *engine, const sida_run_limits *l
         .step_tokens = limits->step_tokens,
         .decoder_positions = limits->decoder_positions,
         .k = engine->options.top_k,
+        .refines = engine->routing == SIDA_ROUTING_EXACT && !engine->options.no_refine &&
+                   !engine->options.no_prefetch,
     };
     *bytes = 0;
     if (!source) return SIDA_OK;

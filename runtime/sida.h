@@ -86,6 +86,7 @@ typedef struct sida_engine_options {
     int32_t queue;          /* batches predicted ahead */
     int32_t batch;          /* sequences a batch */
     bool no_prefetch;       /* predictions load nothing early */
+    bool no_refine;         /* exact: predictions stay as they are while layers choose */
     int32_t threads;        /* of the CPU's ops; 0: as OpenMP chooses */
     int32_t max_tokens;     /* of an input, </s> included */
     bool truncate;          /* cut longer inputs instead of refusing them */
@@ -189,11 +190,15 @@ typedef struct sida_report {
     int64_t hits, late_prefetches, demand_loads;
     double hit_rate; /* hits / all three; NAN when nothing was needed */
     int64_t prefetch_loads, dropped_prefetches;
+    /* MoE layers whose choice made the predictor revise the layers behind it, and, of the planned
+     * uses: new ones, and those forgotten whose load had not begun. */
+    int64_t refinements, revised_in, revised_out;
     int64_t bytes_moved, bytes_wasted; /* host to device; prefetched for nothing */
     double wait_ms_inference, wait_ms_hash;
-    /* A batch's mean, wall-clock: predicting, on both threads; from the queue to the last token.
-     * Both 0 where nothing ran; no predictor: 0 of the first. */
-    double hash_ms_per_batch, inference_ms_per_batch;
+    /* A batch's mean, wall-clock: predicting, on both threads; refinements' part of it, all on the
+     * inference thread; from the queue to the last token. 0 where nothing ran; no predictor: 0 but
+     * for the last. */
+    double hash_ms_per_batch, refine_ms_per_batch, inference_ms_per_batch;
     double hash_share;       /* of the first in the second; NAN: nothing ran */
     double table_wait_share; /* of the inference thread's time since its first batch that it waited
                               * for hash tables; NAN: nothing ran */

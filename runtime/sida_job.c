@@ -168,6 +168,7 @@ static sida_status run_pass(job *j, sida_pass_stats *stats, sida_routing routing
                                       .slots = engine->facts.slots,
                                       .queue = o->queue,
                                       .prefetch = !o->no_prefetch,
+                                      .refine = !o->no_refine,
                                       .digest = j->options->digest && j->pass == 0,
                                       .score = j->options->score,
                                       .most_allowed = engine->most_allowed,
@@ -195,6 +196,7 @@ static double mean_loss(const job *j) {
 static void fill_hash_report(sida_report *out, const sida_pass_stats *stats) {
     double batches = stats->batches > 0 ? (double)stats->batches : 1;
     out->hash_ms_per_batch = stats->hash_seconds * 1e3 / batches;
+    out->refine_ms_per_batch = stats->refine_seconds * 1e3 / batches;
     out->inference_ms_per_batch = stats->batch_seconds * 1e3 / batches;
     out->hash_share = stats->batch_seconds > 0 ? stats->hash_seconds / stats->batch_seconds : NAN;
     out->table_wait_share = stats->after_first_seconds > 0
@@ -251,6 +253,9 @@ static void fill_report(sida_report *out, const job *j, sida_pass_stats *stats) 
         .hit_rate = needed > 0 ? (double)store->hits / (double)needed : NAN,
         .prefetch_loads = store->prefetch_loads,
         .dropped_prefetches = store->dropped_prefetches,
+        .refinements = stats->refinements,
+        .revised_in = store->revised_in,
+        .revised_out = store->revised_out,
         .bytes_moved = store->bytes_moved,
         .bytes_wasted = store->bytes_wasted,
         .wait_ms_inference = stats->inference_wait_seconds * 1e3,

@@ -230,7 +230,7 @@ out:
 }
 
 sida_status sida_predictor_write(const char *path, const sida_predictor_meta *meta,
-                                 const sida_train_state *state) {
+                                 const sida_train_state *state, const sida_refine *refine) {
     sida_status status = SIDA_OK;
     sida_h5_file *file = NULL;
     sida_net *best = NULL;
@@ -238,6 +238,7 @@ sida_status sida_predictor_write(const char *path, const sida_predictor_meta *me
     memcpy(best->parameters, state->best, (size_t)best->parameter_count * sizeof *state->best);
     SIDA_TRY(sida_predictor_file_create(&file, path, SIDA_H5_PREDICTOR, meta));
     SIDA_TRY(sida_net_write(file, best));
+    if (refine) SIDA_TRY(sida_refine_write(file, refine));
     SIDA_TRY(write_curve(file, state));
     SIDA_TRY(sida_h5_set_i64(file, "epochs", state->epoch));
     SIDA_TRY(sida_h5_set_i64(file, "kept_epoch", state->best_epoch));

@@ -2,7 +2,7 @@
 #ifndef SIDA_TRAINER_CHECKPOINT_H
 #define SIDA_TRAINER_CHECKPOINT_H
 
-#include "runtime/predictor/net.h"
+#include "runtime/predictor/refine.h"
 #include "trainer/adamw.h"
 
 #include <jansson.h>
@@ -38,8 +38,9 @@ sida_status sida_checkpoint_write(const char *path, const sida_predictor_meta *m
 sida_status sida_checkpoint_read(sida_train_state *state, const char *path,
                                  const sida_predictor_meta *meta, int32_t epochs);
 
-/* P.h5: the best parameters, the curve and the configuration. */
+/* P.h5: the best parameters, the curve, the configuration, and the refinement (NULL: none), which
+ * meta->config names. */
 sida_status sida_predictor_write(const char *path, const sida_predictor_meta *meta,
-                                 const sida_train_state *state);
+                                 const sida_train_state *state, const sida_refine *refine);
 
 #endif

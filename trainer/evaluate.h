@@ -94,6 +94,7 @@ enum { SIDA_RESAMPLES = 10000 };
 typedef struct sida_comparison {
     sida_interval hit[2]; /* hit@1, hit@3 */
     sida_interval set_recall_equal;
+    sida_interval slot_recall;
 } sida_comparison;
 /* out: overall, encoder, decoder. Both evaluations are of the same data. MEMORY. */
 sida_status sida_evaluation_compare(sida_comparison out[3], const sida_evaluation *ours,
@@ -102,7 +103,10 @@ sida_status sida_evaluation_compare(sida_comparison out[3], const sida_evaluatio
 /* {"overall": {...}, "encoder": {...}, "decoder": {...}, "layers": [...], "calibration": [...],
  * "margins": [...], "all_tokens": {"overall" … "layers"}}; a side without layers is left out. */
 json_t *sida_evaluation_to_json(const sida_evaluation *evaluation);
-/* {"overall": {"hit@1": {"mean", "low", "high"}, …}, …}; layers: of the evaluations. */
-json_t *sida_comparison_to_json(const sida_comparison comparison[3], const int32_t layers[2]);
+/* {"hit@1": {"mean", "low", "high"}, …}; chosen: k of the model. */
+json_t *sida_comparison_to_json(const sida_comparison *comparison, int32_t chosen);
+/* The three of an evaluation: {"overall": …, "encoder": …, "decoder": …}. */
+json_t *sida_comparisons_to_json(const sida_comparison comparison[3],
+                                 const sida_evaluation *evaluation);
 
 #endif

@@ -1,10 +1,10 @@
 /* Evaluations as JSON. */
-#include "trainer/evaluate.h"
+#include "trainer/tally.h"
 
 static const char *const side_names[2] = {"encoder", "decoder"};
 static const char *const hit_names[3] = {"hit@1", "hit@3", "hit@5"};
 
-static json_t *scores_json(const sida_scores *scores, int32_t chosen) {
+json_t *sida_scores_to_json(const sida_scores *scores, int32_t chosen) {
     json_t *object = json_object();
     for (int i = 0; i < 3; i++)
         json_object_set_new(object, hit_names[i], json_real(scores->hit[i]));
@@ -29,13 +29,13 @@ static json_t *scores_json(const sida_scores *scores, int32_t chosen) {
 static void add_scores(json_t *root, const sida_evaluation *e, const sida_scores *overall,
                        const sida_scores *sides, const sida_scores *per_layer) {
     json_t *layers = json_array();
-    json_object_set_new(root, "overall", scores_json(overall, e->chosen));
+    json_object_set_new(root, "overall", sida_scores_to_json(overall, e->chosen));
     for (int side = 0, at = 0; side < 2; side++) {
         if (e->layers[side] == 0) continue;
-        json_object_set_new(root, side_names[side], scores_json(&sides[side], e->chosen));
+        json_object_set_new(root, side_names[side], sida_scores_to_json(&sides[side], e->chosen));
         for (int32_t l = 0; l < e->layers[side]; l++, at++) {
             json_t *layer = json_pack("{s:s, s:i}", "side", side_names[side], "layer", (int)l);
-            json_t *scores = scores_json(&per_layer[at], e->chosen);
+            json_t *scores = sida_scores_to_json(&per_layer[at], e->chosen);
             json_object_update(layer, scores);
             json_decref(scores);
             json_array_append_new(layers, layer);
@@ -78,17 +78,22 @@ static json_t *interval_json(const sida_interval *interval) {
                      interval->high);
 }
 
-json_t *sida_comparison_to_json(const sida_comparison comparison[3], const int32_t layers[2]) {
+json_t *sida_comparison_to_json(const sida_comparison *c, int32_t chosen) {
+    json_t *object = json_object();
+    for (int h = 0; h < 2; h++)
+        json_object_set_new(object, hit_names[h], interval_json(&c->hit[h]));
+    json_object_set_new(object, "set_recall_equal", interval_json(&c->set_recall_equal));
+    if (chosen > 1) json_object_set_new(object, "slot_recall", interval_json(&c->slot_recall));
+    return object;
+}
+
+json_t *sida_comparisons_to_json(const sida_comparison comparison[3],
+                                 const sida_evaluation *evaluation) {
     static const char *const names[3] = {"overall", "encoder", "decoder"};
     json_t *root = json_object();
-    for (int i = 0; i < 3; i++) {
-        if (i > 0 && layers[i - 1] == 0) continue;
-        const sida_comparison *c = &comparison[i];
-        json_t *object = json_object();
-        for (int h = 0; h < 2; h++)
-            json_object_set_new(object, hit_names[h], interval_json(&c->hit[h]));
-        json_object_set_new(object, "set_recall_equal", interval_json(&c->set_recall_equal));
-        json_object_set_new(root, names[i], object);
-    }
+    for (int i = 0; i < 3; i++)
+        if (i == 0 || evaluation->layers[i - 1] > 0)
+            json_object_set_new(root, names[i],
+                                sida_comparison_to_json(&comparison[i], evaluation->chosen));
     return root;
 }

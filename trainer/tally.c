@@ -159,3 +159,64 @@ void sida_tally_add(sida_tally *to, const sida_tally *from) {
         for (int i = 0; i < 3; i++) to->margins[b].hits[i] += from->margins[b].hits[i];
     }
 }
+
+sida_scores sida_sums_finish(const sida_sums *t, int32_t k) {
+    sida_scores scores = {.pairs = t->pairs,
+                          .dropped = t->dropped,
+                          .sets = t->sets,
+                          .set_recall = sida_per_cent(t->recall, t->sets),
+                          .set_precision = sida_per_cent(t->precision, t->predicted_sets),
+                          .set_recall_equal = sida_per_cent(t->equal, t->sets),
+                          .alpha_error = sida_per_cent(t->alpha, t->alpha_pairs),
+                          .alpha_constant_error = sida_per_cent(t->alpha_constant, t->alpha_pairs)};
+    for (int i = 0; i < 3; i++) scores.hit[i] = sida_per_cent((double)t->hits[i], t->pairs);
+    for (int i = 0; i < 2; i++) {
+        scores.slot_recall[i] = sida_per_cent((double)t->slots[i], t->pairs * k);
+        scores.weight_recall[i] = t->applied > 0 ? 100 * t->covered[i] / t->applied : 0;
+    }
+    scores.exact_set = sida_per_cent((double)t->exact, t->pairs);
+    return scores;
+}
+
+int32_t sida_margin_of(const sida_dataset *data, int side, int64_t token, int32_t layer) {
+    const uint16_t *logp =
+        data->sides[side].top_logp + (token * data->layers[side] + layer) * data->top;
+    double margin = exp((double)sida_f16_to_f32(logp[0])) - exp((double)sida_f16_to_f32(logp[1]));
+    return (int32_t)(fmin(fmax(margin, 0), 1) * SIDA_MARGIN_STEPS);
+}
+
+static int32_t margin_bin(const sida_counter *counter, int side, int64_t token, int32_t layer) {
+    if (!counter->has_margins) return -1;
+    int32_t margin = sida_margin_of(counter->data, side, token, layer), bin = 0;
+    while (margin >= counter->edges[bin]) bin++;
+    return bin;
+}
+
+void sida_tally_layer(sida_tally *content, sida_sums *all, sida_counter *counter, int side,
+                      int32_t sequence, int32_t layer, const uint16_t *predicted,
+                      const float *alpha) {
+    const sida_dataset *data = counter->data;
+    const sida_dataset_side *s = &data->sides[side];
+    int32_t layers = data->layers[side], experts = data->experts, k = data->top_k;
+    int64_t first = s->offsets[sequence];
+    sida_tally parts[2] = {{.sums = {0}}, {.sums = {0}}}; /* content, the rest */
+    sida_set_clear(&counter->set, experts);
+    for (int part = 0; part < 2; part++) {
+        for (int64_t i = first; i < s->offsets[sequence + 1]; i++) {
+            if (sida_dataset_is_content(s, i) == (part == 1)) continue;
+            int64_t row = (i - first) * layers + layer, pair = i * layers + layer;
+            const sida_pair p = {.predicted = predicted + row * experts,
+                                 .alpha = alpha + row * experts,
+                                 .truth = s->experts + pair * k,
+                                 .applied = s->alpha + pair * k,
+                                 .dropped = s->dropped[pair] != 0,
+                                 .margin = margin_bin(counter, side, i, layer)};
+            sida_tally_pair(&parts[part], &p, experts, k, data->renormalised);
+            sida_set_add(&counter->set, &p, experts, k, counter->set_k);
+        }
+        sida_sums_add(all, &parts[part].sums);
+        if (part == 0) sida_tally_set(&parts[0].sums, &counter->set, experts);
+    }
+    sida_tally_set(all, &counter->set, experts);
+    sida_tally_add(content, &parts[0]);
+}

@@ -53,5 +53,53 @@ void sida_tally_set(sida_sums *sums, const sida_set *set, int32_t experts);
 
 void sida_sums_add(sida_sums *to, const sida_sums *from);
 void sida_tally_add(sida_tally *to, const sida_tally *from);
+static inline double sida_per_cent(double part, int64_t whole) {
+    return whole > 0 ? 100 * part / (double)whole : 0;
+}
+sida_scores sida_sums_finish(const sida_sums *sums, int32_t k);
+json_t *sida_scores_to_json(const sida_scores *scores, int32_t chosen);
+
+/* What counting sequence by sequence needs. */
+typedef struct sida_counter {
+    const sida_dataset *data;
+    int32_t set_k;
+    bool has_margins;
+    int32_t edges[SIDA_MARGIN_BINS]; /* bin b ends before edges[b], in steps */
+    sida_set set;
+} sida_counter;
+
+/* Margins are compared as whole numbers of 1 / SIDA_MARGIN_STEPS, which is finer than fp16 keeps
+ * their logarithms. */
+enum { SIDA_MARGIN_STEPS = 65536 };
+/* The router's margin at a token and layer, in steps. */
+int32_t sida_margin_of(const sida_dataset *data, int side, int64_t token, int32_t layer);
+
+/* A sequence and layer: its content tokens are added to `content`, all its tokens to `all`.
+ * predicted, alpha: all experts, from the sequence's first token on, rows of all layers. */
+void sida_tally_layer(sida_tally *content, sida_sums *all, sida_counter *counter, int side,
+                      int32_t sequence, int32_t layer, const uint16_t *predicted,
+                      const float *alpha);
+
+/* What a layer's mean α would be wrong by, summed; all: tokens that are not content too. */
+double sida_alpha_constant(const sida_dataset *data, int side, int32_t layer, bool all);
+
+/* MISMATCH when source and data are not of one model, ARGUMENT for set_k. */
+sida_status sida_evaluate_check(const sida_hash_source *source, const sida_dataset *data,
+                                int32_t set_k);
+
+/* A batch: the sequences [first, last) of a side, rows of all experts; state: as the source left
+ * it. */
+typedef sida_status sida_walk_fn(void *walker, sida_hash_state *state, int side, int32_t first,
+                                 int32_t last, const sida_hash_table *table);
+/* The source over all of the data, in order; the sides that have layers. */
+sida_status sida_evaluate_walk(
+    const sida_hash_source *source, const sida_dataset *data, sida_walk_fn *on_table, void *walker,
+    sida_status (*on_progress)(void *context, double fraction, int64_t tokens), void *context);
+
+/* Of sums [sequences, columns], by how much one is better than another in each group of columns;
+ * groups [group_count, columns]: not 0 for a column that is in it. k: of the model. MEMORY. */
+sida_status sida_sums_compare(sida_comparison *out, const uint8_t *groups, int32_t group_count,
+                              const sida_sums *ours, const sida_sums *theirs, int32_t sequences,
+                              int32_t columns, int32_t k);
 
 #endif

@@ -34,7 +34,9 @@ sida_train_options sida_train_defaults(void) {
                                 .clip = 1,
                                 .tkd = SIDA_TKD_REST,
                                 .schedule = SIDA_SCHEDULE_COSINE,
-                                .calibrate = true};
+                                .calibrate = true,
+                                .refine = true,
+                                .refine_epochs = 8};
 }
 
 typedef struct training {
@@ -46,9 +48,13 @@ typedef struct training {
     sida_learner *learner;
     sida_hash_source *source; /* over state.net, for validation */
     int32_t *order;
-    int32_t batches; /* an epoch */
-    int64_t steps;   /* in all */
-    int64_t tokens;  /* trained on by this process */
+    int32_t batches;              /* an epoch */
+    int64_t steps;                /* in all */
+    int64_t tokens;               /* trained on by this process */
+    sida_refine_options refining; /* epochs 0: no refinement */
+    sida_refine *refine;          /* NULL: none */
+    json_t *refined;              /* what it is measured to do, or NULL */
+    double refine_seconds;
     char *checkpoint;
     bool saved, kept; /* the checkpoint holds the present state; one of this training */
 } training;
@@ -87,14 +93,17 @@ static json_t *config_json(const training *t, const sida_net_config *net) {
     json_object_set_new(root, "trace", fingerprint_json(t->train.file));
     json_object_set_new(root, "valid", fingerprint_json(t->valid.file));
     json_object_set_new(root, "version", json_string(SIDA_VERSION));
+    if (t->refining.epochs > 0)
+        json_object_set_new(root, "refine", sida_refine_settings(&t->refining));
     return root;
 }
 
 static sida_status check_options(const sida_train_options *o) {
     if (o->epochs < 1 || o->batch < 1 || o->device_batch < 0 || o->top < 0 || o->hidden < 0 ||
-        o->warmup < 0 || o->patience < 0 || o->seed < 0 || o->checkpoint_every < 0 ||
-        !(o->lr > 0) || !(o->lambda >= 0) || !(o->weight_decay >= 0) || !(o->clip >= 0) ||
-        !isfinite(o->lr) || !isfinite(o->lambda) || !isfinite(o->weight_decay) ||
+        o->refine_width < 0 || o->refine_width > SIDA_REFINE_WIDTH_MAX ||
+        (o->refine && o->refine_epochs < 1) || o->warmup < 0 || o->patience < 0 || o->seed < 0 ||
+        o->checkpoint_every < 0 || !(o->lr > 0) || !(o->lambda >= 0) || !(o->weight_decay >= 0) ||
+        !(o->clip >= 0) || !isfinite(o->lr) || !isfinite(o->lambda) || !isfinite(o->weight_decay) ||
         !isfinite(o->clip))
         return sida_fail(SIDA_ERROR_ARGUMENT, "an option of the training is out of its range");
     return SIDA_OK;
@@ -118,6 +127,20 @@ static sida_status open_device(training *t) {
     SIDA_TRY(sida_backend_create_named(&t->backend, "cpu"));
 out:
     return status;
+}
+
+static sida_refine_options refine_options(const sida_train_options *o, int32_t hidden) {
+    return (sida_refine_options){.width = o->refine_width > 0 ? o->refine_width
+                                                              : sida_refine_default_width(hidden),
+                                 .epochs = o->refine_epochs,
+                                 .lambda = o->lambda,
+                                 .weight_decay = o->weight_decay,
+                                 .clip = o->clip,
+                                 .tkd = o->tkd,
+                                 .seed = (uint64_t)o->seed,
+                                 .on_step = o->on_refine_step,
+                                 .on_epoch = o->on_refine_epoch,
+                                 .context = o->context};
 }
 
 /* Loads both traces and builds everything that does not depend on the checkpoint. */
@@ -148,6 +171,8 @@ static sida_status prepare(training *t) {
     t->meta.model = t->train.model;
     t->meta.tokenizer = t->train.tokenizer;
     SIDA_TRY(sida_strdup(&t->meta.source, sida_net_kind_name(kind)));
+    if (o->refine && sida_refine_possible(config.layers))
+        t->refining = refine_options(o, config.hidden);
     t->meta.config = config_json(t, &config);
     SIDA_TRY(sida_train_state_create(&t->state, &config, o->weight_decay, o->epochs));
     sida_net_initialise(t->state.net, (uint64_t)o->seed);
@@ -168,6 +193,8 @@ static void discard(training *t) {
     sida_predictor_meta_free(&t->meta);
     sida_hash_source_destroy(t->source);
     sida_train_state_free(&t->state);
+    sida_refine_destroy(t->refine);
+    json_decref(t->refined);
     free(t->order);
     free(t->checkpoint);
 }
@@ -317,7 +344,7 @@ static sida_status start(training *t) {
 
 /* The weights that are kept go where the source reads them, calibrated where that is asked for. A
  * checkpoint never has calibrated ones: a training that is resumed calibrates once, too. */
-static sida_status finish(training *t) {
+static sida_status calibrate(training *t) {
     sida_status status = SIDA_OK;
     sida_train_state *s = &t->state;
     const size_t bytes = (size_t)s->net->parameter_count * sizeof *s->best;
@@ -332,6 +359,36 @@ static sida_status finish(training *t) {
                         sida_temperatures_to_json(temperatures, layers));
 out:
     free(temperatures);
+    return status;
+}
+
+/* Of the network as it will be in the file. */
+static sida_status refine(training *t) {
+    sida_status status = SIDA_OK;
+    json_t *kept = NULL, *about = json_object_get(t->meta.config, "refine");
+    const double begin = sida_clock_seconds();
+    SIDA_TRY(sida_refine_train(&t->refine, &kept, &t->refined, t->state.net, &t->train, &t->valid,
+                               &t->refining));
+    t->refine_seconds = sida_clock_seconds() - begin;
+    if (t->refine) {
+        json_object_set(about, "kept_epoch", kept);
+    } else {
+        sida_log(SIDA_LOG_INFO, "no refinement: none was better than what is said up front");
+        json_object_del(t->meta.config, "refine");
+    }
+out:
+    json_decref(kept);
+    return give_up(t, status);
+}
+
+/* Stopped in there, a training goes on from its last step: the state is saved as that left it. */
+static sida_status finish(training *t) {
+    sida_status status = SIDA_OK;
+    const bool refines = t->refining.epochs > 0;
+    if (refines && !t->saved) SIDA_TRY(save(t));
+    SIDA_TRY(calibrate(t));
+    if (refines) SIDA_TRY(refine(t));
+out:
     return status;
 }
 
@@ -352,13 +409,19 @@ static sida_status summarise(training *t, json_t **summary, double seconds) {
         json_array_append_new(loss, json_real((double)s->curve[i * SIDA_CURVE_COLUMNS]));
     json_object_set_new(root, "loss", loss);
     json_object_set_new(root, "valid", sida_evaluation_to_json(&valid));
+    if (t->refined) {
+        json_object_set_new(t->refined, "seconds", json_real(t->refine_seconds));
+        json_object_set(root, "refine", t->refined);
+    }
     sida_memory_usage usage;
     sida_backend_memory(t->backend, &usage);
     json_object_set_new(root, "device", json_string(t->backend->table->name));
     json_object_set_new(root, "device_bytes_peak", json_integer((json_int_t)usage.peak_bytes));
     json_object_set_new(root, "seconds", json_real(seconds));
     json_object_set_new(root, "tokens_per_s",
-                        json_real(seconds > 0 ? (double)t->tokens / seconds : 0));
+                        json_real(seconds > t->refine_seconds
+                                      ? (double)t->tokens / (seconds - t->refine_seconds)
+                                      : 0));
     *summary = root;
 out:
     sida_evaluation_free(&valid);
@@ -378,7 +441,7 @@ sida_status sida_train(const sida_train_options *options, json_t **summary) {
     SIDA_TRY(loop(&t));
     SIDA_TRY(finish(&t));
     double seconds = sida_clock_seconds() - begin;
-    SIDA_TRY(sida_predictor_write(options->output, &t.meta, &t.state));
+    SIDA_TRY(sida_predictor_write(options->output, &t.meta, &t.state, t.refine));
     if (unlink(t.checkpoint) != 0 && errno != ENOENT)
         sida_log(SIDA_LOG_WARNING, "%s: %s", t.checkpoint, strerror(errno));
     if (summary) SIDA_TRY(summarise(&t, summary, seconds));

@@ -6,6 +6,7 @@
 #include "runtime/predictor/sources.h"
 #include "trainer/evaluate.h"
 #include "trainer/loss.h"
+#include "trainer/refine.h"
 
 #include <jansson.h>
 #include <stdbool.h>
@@ -51,7 +52,10 @@ typedef struct sida_train_options {
     sida_tkd tkd;
     sida_labels labels; /* of the cross-entropy, where the model chooses more than one expert */
     sida_schedule schedule;
-    bool calibrate;           /* sida_calibrate() what is kept */
+    bool calibrate;       /* sida_calibrate() what is kept */
+    bool refine;          /* train a refinement of it, where a side has two MoE layers */
+    int32_t refine_width; /* 0: sida_refine_default_width */
+    int32_t refine_epochs;
     int64_t seed;             /* >= 0 */
     int64_t checkpoint_every; /* steps; 0: an epoch */
     bool resume;
@@ -59,6 +63,9 @@ typedef struct sida_train_options {
      * checkpoint is left. fraction: of the whole training. */
     sida_status (*on_step)(void *context, double fraction, int64_t tokens);
     void (*on_epoch)(void *context, const sida_train_epoch *epoch);
+    /* The same of the refinement's training, which comes after. */
+    sida_status (*on_refine_step)(void *context, double fraction, int64_t tokens);
+    void (*on_refine_epoch)(void *context, const sida_refine_epoch *epoch);
     void *context;
 } sida_train_options;
 
@@ -73,8 +80,10 @@ sida_train_options sida_train_defaults(void);
  * beginning. BUDGET where the device's memory ran out; a checkpoint is left if a step was done. The
  * weights kept are those of the epoch with the best validation slot
  * recall, which is hit@1 where the model chooses one expert; with `calibrate` their heads are
- * divided by temperatures then, which the file names (training.temperatures). *summary: JSON of
- * what was done, may be NULL. */
+ * divided by temperatures then, which the file names (training.temperatures); with `refine` a
+ * refinement of them is trained, on the CPU, which the file holds where it is better than nothing
+ * (config.refine). A training that is stopped there is whole in its checkpoint but for that.
+ * *summary: JSON of what was done, may be NULL. */
 sida_status sida_train(const sida_train_options *options, json_t **summary);
 
 #endif

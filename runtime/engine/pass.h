@@ -31,7 +31,10 @@ typedef struct sida_pass_options {
     int32_t slots; /* >= 2 */
     int32_t queue; /* hash tables built ahead, >= 1 batches */
     bool prefetch; /* false: predictions tell the policy what comes, nothing is loaded early */
-    bool digest;   /* hash all raw logits */
+    /* Behind each MoE layer the source is asked again for those behind it, and the plan revised: in
+     * exact routing with prefetch, where the source can. */
+    bool refine;
+    bool digest; /* hash all raw logits */
     /* Instead of answering the targets are forced, a token a step as in answering, and it is told
      * how probable they were. */
     bool score;
@@ -67,7 +70,9 @@ typedef struct sida_pass_stats {
     double seconds;
     double inference_wait_seconds; /* for hash tables and for experts */
     double hash_wait_seconds;      /* for room in the queue */
-    double hash_seconds;           /* in the source, on both threads */
+    double hash_seconds;           /* in the source, on both threads, and refine_seconds: */
+    int64_t refinements;           /* layers that have revised the plan of those behind them */
+    double refine_seconds;         /* the inference thread's for refinements and their plans */
     double batch_seconds;          /* of all batches, each from the queue to its last token */
     /* The inference thread's, from the first batch on: for hash tables, and all. */
     double table_wait_seconds, after_first_seconds;

@@ -227,7 +227,7 @@ static sida_status issue(void *context) {
     if (part->from < 0)
         SIDA_TRY(run->ops->embedding(run->stream, run->device.h, run->model->embedding,
                                      run->device.index.ids, tokens));
-    else
+    else if (!call->driver->hidden)
         SIDA_TRY(sida_run_moe_combine(run, call, &blocks[part->from]));
     for (int32_t i = part->from + 1; i < layers && i <= part->to; i++) {
         if (call->side == SIDA_ENCODER)
@@ -258,18 +258,25 @@ static sida_status run_segments(sida_run *run, const sida_run_call *call) {
                                  .sequences = run->sequences,
                                  .side = call->side,
                                  .chooser = call->chooser,
-                                 .stops = call->stops,
+                                 .stops = (int16_t)(call->stops + (call->driver->hidden != NULL)),
                                  .records = call->driver->record != NULL};
     segment part = {.run = run, .call = call, .from = -1};
+    /* A device that runs by itself gets what follows the layer first. */
+    const bool beside = sida_graph_supported(run->stream->backend);
     SIDA_TRY(sida_graphs_begin(run->graphs, &key));
     for (int32_t n = 0; part.from < layers; n++, part.from = part.to) {
         part.to = part.from + 1;
         while (part.to < layers && !(call->stops && blocks[part.to].site >= 0)) part.to++;
         /* Behind the decoder's last experts nothing may be left. */
-        if (part.from == layers - 1 && call->side == SIDA_DECODER && sida_run_experts_add(run))
+        if (part.from == layers - 1 && call->side == SIDA_DECODER &&
+            (sida_run_experts_add(run) || call->driver->hidden))
             break;
         SIDA_TRY(sida_graphs_issue(run->graphs, n, issue, &part));
-        if (part.to < layers) SIDA_TRY(sida_run_moe_stop(run, call, &blocks[part.to]));
+        if (beside && part.from >= 0) SIDA_TRY(sida_run_moe_tell(run, call, &blocks[part.from]));
+        if (part.to == layers) break;
+        SIDA_TRY(sida_run_moe_stop(run, call, &blocks[part.to]));
+        if (!beside) SIDA_TRY(sida_run_moe_tell(run, call, &blocks[part.to]));
+        if (call->driver->hidden) SIDA_TRY(sida_run_moe_show(run, call, &blocks[part.to]));
     }
     if (call->stops) SIDA_TRY(sida_event_record(run->staged, run->stream));
 out:

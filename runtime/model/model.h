@@ -50,7 +50,8 @@ sida_weight sida_model_embedding(const sida_model *model);
 sida_weight sida_model_embedding_host(const sida_model *model);
 
 /* What one MoE layer is about to do. Arrays are host arrays owned by the run. Those of the routing
- * (logits to dropped) are for choose and observe; for others they may be NULL. */
+ * (logits to dropped) are for choose and observe, experts for chosen; for others they mean nothing.
+ */
 typedef struct sida_moe_call {
     int32_t site, side, layer; /* layer: of that side's MoE layers */
     int32_t sequences;
@@ -67,9 +68,9 @@ typedef struct sida_moe_call {
 /* Who chooses and supplies the experts. Every function may be called from the thread that runs the
  * model only.
  *
- * When the host waits for the device: at every MoE layer for an observe, for a choose that is not
- * ahead, and for which experts have rows where nothing says before the call which ones are needed
- * (a store and exact routing). Otherwise never. */
+ * When the host waits for the device: at every MoE layer for an observe, for a hidden, for a choose
+ * that is not ahead, and for which experts have rows where nothing says before the call which ones
+ * are needed (a store and exact routing). Otherwise never. */
 typedef struct sida_moe_driver {
     void *context;
     /* Guided routing: among which experts the router chooses in the forward call that begins. A
@@ -84,6 +85,10 @@ typedef struct sida_moe_driver {
     bool chooses_ahead;
     /* Sees the finished routing; NULL: nobody looks. */
     sida_status (*observe)(void *context, const sida_moe_call *call);
+    /* Sees the residual stream behind the layer, its experts' results added: h [tokens, d_model], a
+     * host array that lasts until the return. Of the call's routing it has what observe saw, else
+     * nothing. NULL: nobody looks. */
+    sida_status (*hidden)(void *context, const sida_moe_call *call, const float *h);
     /* Gets the routing of every forward call, without a stop; NULL: none. For a run with record_top
      * and without choose: ARGUMENT otherwise, and where it is full. */
     struct sida_recording *record;
@@ -100,6 +105,10 @@ typedef struct sida_moe_driver {
     /* The wave's work has been issued to `stream`: its slots may be reused behind it. */
     sida_status (*release)(void *context, const int32_t *experts, int32_t count,
                            sida_stream *stream);
+    /* Where the router decides and take supplies: the experts of each MoE layer of a call but the
+     * last, behind it and before the next one's begin, while the device has work. NULL: nobody
+     * asks. */
+    sida_status (*chosen)(void *context, const sida_moe_call *call);
 } sida_moe_driver;
 
 /* All experts on the device at once. */

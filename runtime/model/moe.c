@@ -125,7 +125,8 @@ sida_status sida_run_moe_prepare(sida_run *run, sida_run_call *call) {
                     : !driver->choose       ? SIDA_CHOOSER_ROUTER
                     : driver->chooses_ahead ? SIDA_CHOOSER_AHEAD
                                             : SIDA_CHOOSER_HOST;
-    call->stops = !driver->resident || driver->observe || call->chooser == SIDA_CHOOSER_HOST;
+    call->stops = !driver->resident || driver->observe || driver->hidden ||
+                  call->chooser == SIDA_CHOOSER_HOST;
     if (allowed) SIDA_TRY(prepare_allowed(run, call, allowed));
     if (call->chooser != SIDA_CHOOSER_AHEAD || layers == 0) goto out;
     for (int32_t layer = 0; layer < layers; layer++) {
@@ -293,6 +294,12 @@ static void find_needed(sida_run *run, const sida_run_call *call, const sida_moe
         for (size_t e = 0; has_tokens(run, s) && e < experts; e++) pending[e] |= set[e] != 0;
 }
 
+static bool asks_what_was_chosen(const sida_run *run, const sida_run_call *call, int32_t layer) {
+    return call->driver->chosen && !call->driver->resident &&
+           call->chooser == SIDA_CHOOSER_ROUTER &&
+           layer + 1 < run->model->config.info.moe_layers[call->side];
+}
+
 /* Brings to the host what it lacks of a layer's routing. */
 static sida_status read_back(sida_run *run, const sida_run_call *call, const sida_block *block,
                              sida_moe_call *moe) {
@@ -305,7 +312,9 @@ static sida_status read_back(sida_run *run, const sida_run_call *call, const sid
     if (routed && call->driver->observe)
         bytes = sida_run_choice_bytes(run, call->tokens);
     else if (call->chooser == SIDA_CHOOSER_ROUTER && !call->driver->resident)
-        bytes = ((size_t)moe->experts_total + 1) * sizeof *to.row_start;
+        bytes = asks_what_was_chosen(run, call, moe->layer)
+                    ? (size_t)((char *)(to.experts + moe->tokens * moe->k) - (char *)to.row_start)
+                    : ((size_t)moe->experts_total + 1) * sizeof *to.row_start;
     if (call->chooser == SIDA_CHOOSER_HOST || (routed && call->driver->observe)) {
         moe->logits = run->host.logits_router;
         SIDA_TRY(sida_copy(run->stream, run->host.logits_router,
@@ -331,6 +340,33 @@ sida_status sida_run_moe_stop(sida_run *run, const sida_run_call *call, const si
     if (driver->resident) return sida_run_moe_resident(run, call, block);
     find_needed(run, call, &moe);
     SIDA_TRY(run_waves(run, call, &moe));
+out:
+    return status;
+}
+
+sida_status sida_run_moe_tell(const sida_run *run, const sida_run_call *call,
+                              const sida_block *block) {
+    int32_t layer = layer_of(run, call, block->site);
+    if (!asks_what_was_chosen(run, call, layer)) return SIDA_OK;
+    const sida_moe_call moe = moe_call(run, call, layer);
+    return call->driver->chosen(call->driver->context, &moe);
+}
+
+sida_status sida_run_moe_show(sida_run *run, const sida_run_call *call, const sida_block *block) {
+    sida_status status = SIDA_OK;
+    const sida_moe_driver *driver = call->driver;
+    const size_t row = (size_t)run->model->config.info.d_model * sizeof(float);
+    const int64_t most = run->limits.input_tokens > run->limits.step_tokens
+                             ? run->limits.input_tokens
+                             : run->limits.step_tokens;
+    const sida_moe_call moe = moe_call(run, call, layer_of(run, call, block->site));
+    if (!run->hidden)
+        SIDA_TRY(sida_buffer_create(run->model->backend, &run->hidden, SIDA_MEMORY_HOST,
+                                    (size_t)most * row, "hidden states"));
+    SIDA_TRY(sida_run_moe_combine(run, call, block));
+    SIDA_TRY(sida_copy(run->stream, run->hidden->data, run->device.h, (size_t)call->tokens * row));
+    SIDA_TRY(sida_stream_synchronize(run->stream));
+    SIDA_TRY(driver->hidden(driver->context, &moe, run->hidden->data));
 out:
     return status;
 }

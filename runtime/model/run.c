@@ -254,6 +254,7 @@ void sida_run_destroy(sida_run *run) {
     sida_event_destroy(run->staged);
     sida_buffer_destroy(run->device_buffer);
     sida_buffer_destroy(run->host_buffer);
+    sida_buffer_destroy(run->hidden);
     free(run);
 }
 

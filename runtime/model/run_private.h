@@ -78,6 +78,7 @@ struct sida_run {
     sida_event *staged; /* what the device reads of the host's arrays has been read */
     sida_graphs *graphs;
     sida_buffer *device_buffer, *host_buffer;
+    sida_buffer *hidden; /* [T, d] h on the host, made once a driver looks at it */
     sida_run_device device;
     sida_run_host host;
     int64_t logits_rows;
@@ -124,6 +125,11 @@ sida_status sida_run_moe_route(sida_run *run, const sida_run_call *call, const s
 sida_status sida_run_moe_stop(sida_run *run, const sida_run_call *call, const sida_block *block);
 sida_status sida_run_moe_resident(sida_run *run, const sida_run_call *call,
                                   const sida_block *block);
+/* What the driver looks at behind the layer, of a call that stops: combines, then shows h. */
+sida_status sida_run_moe_show(sida_run *run, const sida_run_call *call, const sida_block *block);
+/* Tells a driver that asks what the layer has chosen. */
+sida_status sida_run_moe_tell(const sida_run *run, const sida_run_call *call,
+                              const sida_block *block);
 /* Nothing where the experts have added already. May be recorded. */
 sida_status sida_run_moe_combine(sida_run *run, const sida_run_call *call, const sida_block *block);
 bool sida_run_experts_add(const sida_run *run);

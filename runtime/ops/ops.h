@@ -15,6 +15,7 @@
 #include "runtime/ops/elementwise.h"
 #include "runtime/ops/embedding.h"
 #include "runtime/ops/expert.h"
+#include "runtime/ops/know.h"
 #include "runtime/ops/linear.h"
 #include "runtime/ops/lstm.h"
 #include "runtime/ops/norm.h"
@@ -39,6 +40,7 @@ typedef struct sida_ops {
     sida_combine_fn *combine;
     sida_lstm_fn *lstm;
     sida_sparsemax_attention_fn *sparsemax_attention;
+    sida_know_fn *know;
     /* Device bytes that the ops take for a compute stream, and what takes them; a caller who does
      * not prepare a stream finds the time and the bytes spent in its first product. NULL: nothing
      * to prepare. */

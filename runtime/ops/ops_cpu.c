@@ -14,7 +14,8 @@ const sida_ops sida_ops_cpu = {.embedding = sida_embedding_cpu,
                                .expert = sida_expert_cpu,
                                .combine = sida_combine_cpu,
                                .lstm = sida_lstm_cpu,
-                               .sparsemax_attention = sida_sparsemax_attention_cpu};
+                               .sparsemax_attention = sida_sparsemax_attention_cpu,
+                               .know = sida_know_cpu};
 
 const sida_ops *sida_ops_of(const sida_backend *backend) {
     if (backend->ops) return backend->ops;

@@ -23,6 +23,7 @@ sida_status sida_route_cuda(sida_stream *stream, const sida_router_call *router,
                             const sida_dispatch_call *dispatch);
 sida_expert_fn sida_expert_cuda;
 sida_combine_fn sida_combine_cuda;
+sida_know_fn sida_know_cuda;
 /* These two keep the CPU's promise: a sequence gives the same bytes alone, in a batch and step by
  * step. Forward only. */
 sida_lstm_fn sida_lstm_cuda;

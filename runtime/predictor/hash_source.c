@@ -126,3 +126,19 @@ sida_status sida_hash_decode(const sida_hash_source *source, sida_hash_state *st
     sida_status status = check_k(source, k);
     return status == SIDA_OK ? source->table->decode(source, state, step, k, out) : status;
 }
+
+sida_status sida_hash_refine(const sida_hash_source *source, sida_hash_state *state, int side,
+                             int32_t layer, const int32_t *experts, int32_t top_k, int32_t k,
+                             sida_hash_table *out) {
+    sida_status status = SIDA_OK;
+    const sida_hash_source_info *info = &source->info;
+    if (!info->refines)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "a '%s' without a refinement says nothing anew", info->name);
+    if (side < 0 || side > 1 || layer < 0 || layer >= info->layers[side] - 1)
+        SIDA_FAIL(SIDA_ERROR_ARGUMENT, "MoE layer %d of side %d has none behind it", layer, side);
+    SIDA_TRY(check_k(source, top_k));
+    SIDA_TRY(check_k(source, k));
+    SIDA_TRY(source->table->refine(source, state, side, layer, experts, top_k, k, out));
+out:
+    return status;
+}

@@ -8,6 +8,7 @@
 #include "formats/ragged.h"
 #include "runtime/ops/linear.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 /* A hash table: for each token and MoE layer of one side, the predicted experts and their α. */
@@ -31,6 +32,7 @@ typedef struct sida_hash_source_info {
     int32_t d_model, experts, layers[2];
     size_t bytes;        /* of its parameters */
     size_t device_bytes; /* all that it takes of the device where it was placed; 0: on the host */
+    bool refines;        /* sida_hash_refine() may be called */
 } sida_hash_source_info;
 
 /* What a source on a device must have room for. */
@@ -40,7 +42,8 @@ typedef struct sida_hash_limits {
     int64_t input_tokens;      /* of a batch, all sequences together */
     int64_t step_tokens;       /* of a decode, all sequences together */
     int32_t decoder_positions; /* of one sequence */
-    int32_t k;                 /* experts a token and layer */
+    int32_t k;                 /* experts a token and layer, chosen ones of a refinement too */
+    bool refines;              /* refinements will be asked for; else info.refines gets false */
     /* A Transformer's weights there: F32 (0), or BF16, which is half the memory and rounds. */
     sida_dtype weights;
 } sida_hash_limits;
@@ -55,6 +58,10 @@ typedef struct sida_hash_source_table {
     /* Tables of the decoder's next tokens (0 … n a sequence of that batch). */
     sida_status (*decode)(const sida_hash_source *source, sida_hash_state *state,
                           const sida_ragged *step, int32_t k, sida_hash_table *out);
+    /* NULL: what was said up front stays. */
+    sida_status (*refine)(const sida_hash_source *source, sida_hash_state *state, int side,
+                          int32_t layer, const int32_t *experts, int32_t top_k, int32_t k,
+                          sida_hash_table *out);
     /* NULL: computes on the host, wherever the model does. */
     sida_status (*place)(sida_hash_source *source, sida_backend *backend, sida_weight embedding,
                          const sida_hash_limits *limits);
@@ -88,5 +95,13 @@ sida_status sida_hash_encode(const sida_hash_source *source, sida_hash_state *st
                              const sida_ragged *input, int32_t k, sida_hash_table *out);
 sida_status sida_hash_decode(const sida_hash_source *source, sida_hash_state *state,
                              const sida_ragged *step, int32_t k, sida_hash_table *out);
+/* For a source with info.refines (refine.h): MoE layer `layer` of the last call of a side of that
+ * state has chosen experts [tokens, top_k], a host array; *out gets a row of all layers for each
+ * token, of which those behind `layer` are predicted again and the others mean nothing. Layers of a
+ * call in order, from 0, none left out, each once; not the last. ARGUMENT otherwise and for an
+ * expert out of range. */
+sida_status sida_hash_refine(const sida_hash_source *source, sida_hash_state *state, int side,
+                             int32_t layer, const int32_t *experts, int32_t top_k, int32_t k,
+                             sida_hash_table *out);
 
 #endif

@@ -12,15 +12,28 @@
 typedef struct lstm_source {
     sida_hash_source base;
     const sida_net *net;
-    sida_net *owned; /* NULL when borrowed */
+    sida_net *owned;           /* NULL when borrowed */
+    const sida_refine *refine; /* NULL: none */
+    sida_refine *owned_refine; /* NULL when borrowed */
     sida_weight embedding;
     sida_net_device *device; /* NULL: computes on the host */
 } lstm_source;
+
+/* What the refinement was told of the tokens of a side's last call. */
+typedef struct lstm_told {
+    bool called;      /* there is such a call */
+    int32_t layers;   /* that have told it their choice */
+    float *sum;       /* [tokens, R], once one has */
+    size_t sum_items; /* allocated */
+} lstm_told;
 
 /* Either a pass or a place on the device. */
 typedef struct lstm_state {
     sida_net_pass *pass;
     bool encoded; /* by the pass */
+    lstm_told told[2];
+    float *scratch; /* of the refinement, either side's */
+    size_t scratch_items;
     sida_net_device_state *placed;
 } lstm_state;
 
@@ -28,12 +41,15 @@ static void lstm_destroy(sida_hash_source *source) {
     lstm_source *self = (lstm_source *)source;
     sida_net_device_destroy(self->device);
     sida_net_destroy(self->owned);
+    sida_refine_destroy(self->owned_refine);
     free(self);
 }
 
 static void lstm_state_destroy(sida_hash_state *state) {
     lstm_state *self = (lstm_state *)state;
     sida_net_pass_destroy(self->pass);
+    for (int side = 0; side < 2; side++) free(self->told[side].sum);
+    free(self->scratch);
     sida_net_device_give(self->placed);
     free(self);
 }
@@ -55,23 +71,22 @@ out:
     return status;
 }
 
-/* The table of the pass's last call on a side. */
-static sida_status read_table(const lstm_source *self, const sida_net_pass *pass, int side,
-                              int32_t k, sida_hash_table *out) {
+/* Layers from `first` on of a table of n tokens; scores [n, (layers - first) E]. */
+static sida_status read_scores(const lstm_source *self, int side, int32_t first,
+                               const float *scores, int64_t n, int32_t k, sida_hash_table *out) {
     const sida_net_config *c = &self->net->config;
-    const sida_net_activations *a = &pass->sides[side];
-    int32_t layers = c->layers[side], experts = c->experts;
-    sida_status status = sida_hash_table_reserve(out, side, layers, k, a->tokens);
+    const int32_t layers = c->layers[side], experts = c->experts, rest = layers - first;
+    sida_status status = sida_hash_table_reserve(out, side, layers, k, n);
     if (status != SIDA_OK) return status;
     bool good = true, enough = true;
-#pragma omp parallel if (a->tokens * layers * experts > 1 << 14)
+#pragma omp parallel if (n * rest * experts > 1 << 14)
     {
         uint64_t *keys = malloc((size_t)experts * sizeof *keys);
         bool fine = true;
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < a->tokens; i++)
-            for (int32_t l = 0; keys && l < layers; l++)
-                fine &= sida_select_logits(out, i, l, a->logits + (i * layers + l) * experts,
+        for (int64_t i = 0; i < n; i++)
+            for (int32_t l = 0; keys && l < rest; l++)
+                fine &= sida_select_logits(out, i, first + l, scores + (i * rest + l) * experts,
                                            experts, keys);
         if (!keys || !fine) {
 #pragma omp critical
@@ -86,15 +101,28 @@ static sida_status read_table(const lstm_source *self, const sida_net_pass *pass
     return good ? SIDA_OK : sida_select_not_finite();
 }
 
+/* The table of the pass's last call on a side. */
+static sida_status read_table(const lstm_source *self, const sida_net_pass *pass, int side,
+                              int32_t k, sida_hash_table *out) {
+    const sida_net_activations *a = &pass->sides[side];
+    return read_scores(self, side, 0, a->logits, a->tokens, k, out);
+}
+
+static void forget(lstm_told *told, bool called) {
+    told->called = called;
+    told->layers = 0;
+}
+
 static sida_status lstm_encode(const sida_hash_source *source, sida_hash_state *state,
                                const sida_ragged *input, int32_t k, sida_hash_table *out) {
     const lstm_source *self = (const lstm_source *)source;
     lstm_state *own = (lstm_state *)state;
     if (own->placed) return sida_net_device_encode(own->placed, input, k, out);
     own->encoded = false;
+    for (int side = 0; side < 2; side++) forget(&own->told[side], false);
     sida_status status = sida_net_encode(own->pass, self->embedding, input);
     if (status == SIDA_OK) status = read_table(self, own->pass, 0, k, out);
-    own->encoded = status == SIDA_OK;
+    own->encoded = own->told[0].called = status == SIDA_OK;
     return status;
 }
 
@@ -107,8 +135,53 @@ static sida_status lstm_decode(const sida_hash_source *source, sida_hash_state *
         return sida_fail(SIDA_ERROR_ARGUMENT, "a decoder step of another batch");
     if (!self->net->trunks[1].present)
         return sida_hash_table_reserve(out, 1, 0, k, sida_ragged_tokens(step));
+    forget(&own->told[1], false);
     sida_status status = sida_net_decode(own->pass, self->embedding, step);
-    return status == SIDA_OK ? read_table(self, own->pass, 1, k, out) : status;
+    if (status == SIDA_OK) status = read_table(self, own->pass, 1, k, out);
+    own->told[1].called = status == SIDA_OK;
+    return status;
+}
+
+static sida_status check_told(const lstm_source *self, const lstm_state *own, int side,
+                              int32_t layer, const int32_t *experts, int32_t top_k) {
+    if (!own->told[side].called)
+        return sida_fail(SIDA_ERROR_ARGUMENT, "nothing has been predicted that a layer refines");
+    if (layer != own->told[side].layers)
+        return sida_fail(SIDA_ERROR_ARGUMENT,
+                         "a refinement by MoE layer %d where that by layer %d is next", layer,
+                         own->told[side].layers);
+    for (int64_t i = 0; i < own->pass->sides[side].tokens * top_k; i++)
+        if (experts[i] < 0 || experts[i] >= self->net->config.experts)
+            return sida_fail(SIDA_ERROR_ARGUMENT, "MoE layer %d chose expert %d of %d", layer,
+                             experts[i], self->net->config.experts);
+    return SIDA_OK;
+}
+
+static sida_status lstm_refine(const sida_hash_source *source, sida_hash_state *state, int side,
+                               int32_t layer, const int32_t *experts, int32_t top_k, int32_t k,
+                               sida_hash_table *out) {
+    sida_status status = SIDA_OK;
+    const lstm_source *self = (const lstm_source *)source;
+    lstm_state *own = (lstm_state *)state;
+    lstm_told *told = &own->told[side];
+    const sida_net_config *c = &self->net->config;
+    if (own->placed)
+        return sida_net_device_refine_table(own->placed, side, layer, experts, top_k, k, out);
+    const sida_net_activations *a = &own->pass->sides[side];
+    const size_t n = (size_t)a->tokens, width = (size_t)self->refine->width;
+    const size_t rest = (size_t)(c->layers[side] - 1 - layer) * (size_t)c->experts;
+    SIDA_TRY(check_told(self, own, side, layer, experts, top_k));
+    SIDA_TRY(SIDA_GROW(&told->sum, &told->sum_items, n * width, "a refinement"));
+    SIDA_TRY(SIDA_GROW(&own->scratch, &own->scratch_items, n * (width + rest), "a refinement"));
+    float *z = own->scratch, *scores = z + n * width;
+    if (layer == 0) SIDA_TRY(sida_refine_begin(self->refine, side, told->sum, a->mixed, a->tokens));
+    sida_refine_know(self->refine, side, layer, told->sum, experts, top_k, a->tokens);
+    told->layers = layer + 1;
+    SIDA_TRY(
+        sida_refine_scores(self->refine, side, layer, scores, z, told->sum, a->logits, a->tokens));
+    SIDA_TRY(read_scores(self, side, layer + 1, scores, a->tokens, k, out));
+out:
+    return status;
 }
 
 static sida_status lstm_place(sida_hash_source *source, sida_backend *backend,
@@ -116,9 +189,12 @@ static sida_status lstm_place(sida_hash_source *source, sida_backend *backend,
     lstm_source *self = (lstm_source *)source;
     assert(!self->device);
     if (!sida_net_device_possible(backend, &self->net->config)) return SIDA_OK;
-    sida_status status =
-        sida_net_device_create(&self->device, self->net, backend, embedding, limits);
-    if (status == SIDA_OK) self->base.info.device_bytes = sida_net_device_bytes(self->device);
+    const bool refines = self->base.info.refines && limits->refines;
+    sida_status status = sida_net_device_create(
+        &self->device, self->net, refines ? self->refine : NULL, backend, embedding, limits);
+    if (status != SIDA_OK) return status;
+    self->base.info.device_bytes = sida_net_device_bytes(self->device);
+    self->base.info.refines = refines;
     return status;
 }
 
@@ -127,6 +203,7 @@ static const sida_hash_source_table lstm_table = {.destroy = lstm_destroy,
                                                   .state_destroy = lstm_state_destroy,
                                                   .encode = lstm_encode,
                                                   .decode = lstm_decode,
+                                                  .refine = lstm_refine,
                                                   .place = lstm_place};
 
 sida_status sida_lstm_source_create(sida_hash_source **out, const sida_net *net,
@@ -155,11 +232,24 @@ sida_status sida_lstm_source_create(sida_hash_source **out, const sida_net *net,
     return SIDA_OK;
 }
 
+void sida_lstm_source_refine(sida_hash_source *source, const sida_refine *refine) {
+    lstm_source *self = (lstm_source *)source;
+    const sida_net_config *c = &self->net->config;
+    assert(source->table == &lstm_table && !self->refine && !self->device);
+    assert(refine->net.hidden == c->hidden && refine->net.experts == c->experts &&
+           refine->net.layers[0] == c->layers[0] && refine->net.layers[1] == c->layers[1]);
+    (void)c; /* unused where asserts are off */
+    self->refine = refine;
+    source->info.refines = true;
+    source->info.bytes += (size_t)refine->parameter_count * sizeof(float);
+}
+
 sida_status sida_lstm_source_read(sida_hash_source **out, sida_h5_file *file,
                                   const sida_predictor_meta *meta, sida_weight embedding) {
     *out = NULL;
     sida_status status = SIDA_OK;
     sida_net *net = NULL;
+    sida_refine *refine = NULL;
     sida_net_config config;
     const char *path = sida_h5_path(file);
     SIDA_TRY(sida_net_config_from_json(&config, json_object_get(meta->config, "net"), path));
@@ -167,10 +257,17 @@ sida_status sida_lstm_source_read(sida_hash_source **out, sida_h5_file *file,
         SIDA_FAIL(SIDA_ERROR_FORMAT, "its source is '%.40s', its config's network '%s'",
                   meta->source, sida_net_kind_name(config.kind));
     SIDA_TRY(sida_net_read(&net, file, &config));
+    SIDA_TRY(sida_refine_read(&refine, file, meta->config, &config));
     SIDA_TRY(sida_lstm_source_create(out, net, embedding, meta->model, meta->tokenizer));
     ((lstm_source *)*out)->owned = net;
     net = NULL;
+    if (refine) {
+        sida_lstm_source_refine(*out, refine);
+        ((lstm_source *)*out)->owned_refine = refine;
+        refine = NULL;
+    }
 out:
+    sida_refine_destroy(refine);
     sida_net_destroy(net);
     return status == SIDA_OK ? SIDA_OK : sida_fail_context(status, "%s", path);
 }

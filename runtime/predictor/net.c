@@ -2,6 +2,7 @@
 
 #include "formats/base/memory.h"
 #include "formats/base/rng.h"
+#include "runtime/predictor/net_private.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -242,12 +243,7 @@ void sida_net_destroy(sida_net *net) {
 }
 
 void sida_net_initialise(sida_net *net, uint64_t seed) {
-    sida_rng rng = sida_rng_seed(seed);
-    for (int32_t i = 0; i < net->tensor_count; i++) {
-        sida_net_tensor *t = &net->tensors[i];
-        for (int64_t k = 0; k < t->count; k++)
-            t->data[k] = t->centre + (2.0f * sida_rng_f32(&rng) - 1.0f) * t->bound;
-    }
+    sida_net_tensors_initialise(net->tensors, net->tensor_count, seed);
 }
 
 sida_weight sida_net_weight(const sida_net_linear *layer) {
@@ -337,10 +333,11 @@ static void tensor_path(char path[64], const sida_net_tensor *tensor) {
     snprintf(path, 64, "tensors/%s", tensor->name);
 }
 
-sida_status sida_net_write(sida_h5_file *file, const sida_net *net) {
+sida_status sida_net_tensors_write(sida_h5_file *file, const sida_net_tensor *tensors,
+                                   int32_t count) {
     sida_status status = SIDA_OK;
-    for (int32_t i = 0; i < net->tensor_count; i++) {
-        const sida_net_tensor *t = &net->tensors[i];
+    for (int32_t i = 0; i < count; i++) {
+        const sida_net_tensor *t = &tensors[i];
         char path[64];
         tensor_path(path, t);
         SIDA_TRY(sida_h5_write(file, path, SIDA_H5_F32, t->rank, t->shape, t->data));
@@ -349,9 +346,10 @@ out:
     return status;
 }
 
-static sida_status check_shapes(sida_h5_file *file, const sida_net *net) {
-    for (int32_t i = 0; i < net->tensor_count; i++) {
-        const sida_net_tensor *t = &net->tensors[i];
+sida_status sida_net_tensors_check(sida_h5_file *file, const sida_net_tensor *tensors,
+                                   int32_t count) {
+    for (int32_t i = 0; i < count; i++) {
+        const sida_net_tensor *t = &tensors[i];
         char path[64];
         int64_t shape[3] = {0, 1, 1};
         tensor_path(path, t);
@@ -366,6 +364,35 @@ static sida_status check_shapes(sida_h5_file *file, const sida_net *net) {
     return SIDA_OK;
 }
 
+sida_status sida_net_tensors_read(sida_h5_file *file, const sida_net_tensor *tensors,
+                                  int32_t count) {
+    sida_status status = SIDA_OK;
+    for (int32_t i = 0; i < count; i++) {
+        const sida_net_tensor *t = &tensors[i];
+        char path[64];
+        tensor_path(path, t);
+        SIDA_TRY(sida_h5_read_rows(file, path, SIDA_H5_F32, 0, t->shape[0], t->data));
+        for (int64_t k = 0; k < t->count; k++)
+            if (!isfinite(t->data[k]))
+                SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: %s holds a value that is not finite",
+                          sida_h5_path(file), path);
+    }
+out:
+    return status;
+}
+
+void sida_net_tensors_initialise(const sida_net_tensor *tensors, int32_t count, uint64_t seed) {
+    sida_rng rng = sida_rng_seed(seed);
+    for (int32_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < tensors[i].count; k++)
+            tensors[i].data[k] =
+                tensors[i].centre + (2.0f * sida_rng_f32(&rng) - 1.0f) * tensors[i].bound;
+}
+
+sida_status sida_net_write(sida_h5_file *file, const sida_net *net) {
+    return sida_net_tensors_write(file, net->tensors, net->tensor_count);
+}
+
 sida_status sida_net_read(sida_net **out, sida_h5_file *file, const sida_net_config *config) {
     *out = NULL;
     sida_status status = SIDA_OK;
@@ -375,18 +402,9 @@ sida_status sida_net_read(sida_net **out, sida_h5_file *file, const sida_net_con
     lay_out(&shapes);
     SIDA_TRY(SIDA_ALLOC(&shapes.tensors, shapes.tensor_count, "a predictor's tensors"));
     lay_out(&shapes);
-    SIDA_TRY(check_shapes(file, &shapes));
+    SIDA_TRY(sida_net_tensors_check(file, shapes.tensors, shapes.tensor_count));
     SIDA_TRY(sida_net_create(&net, config));
-    for (int32_t i = 0; i < net->tensor_count; i++) {
-        sida_net_tensor *t = &net->tensors[i];
-        char path[64];
-        tensor_path(path, t);
-        SIDA_TRY(sida_h5_read_rows(file, path, SIDA_H5_F32, 0, t->shape[0], t->data));
-        for (int64_t k = 0; k < t->count; k++)
-            if (!isfinite(t->data[k]))
-                SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: %s holds a value that is not finite",
-                          sida_h5_path(file), path);
-    }
+    SIDA_TRY(sida_net_tensors_read(file, net->tensors, net->tensor_count));
     *out = net;
     net = NULL;
 out:

@@ -90,6 +90,8 @@ static void lay_states(sida_net_layout *at, sida_net_device *device) {
         state->carry = floats(at, 2 * (int64_t)c->lstm_layers * l->sequences, h);
         if (attends) state->memory = floats(at, (int64_t)l->sequences * l->decoder_positions, h);
     }
+    for (int32_t i = 0; i < l->states; i++)
+        sida_net_device_refine_lay_state(&device->states[i], at, device);
 }
 
 /* Returns how many there are. */
@@ -107,6 +109,7 @@ static int linears_of(sida_net_linear *out[LINEARS_MAX], sida_net_trunk *trunk,
 }
 
 static void lay_parameters(sida_net_layout *at, sida_net_device *device) {
+    sida_net_device_refine_lay(device, at);
     if (device->config.kind == SIDA_NET_TRANSFORMER) {
         sida_net_device_transformer_lay(device, at);
         return;
@@ -122,6 +125,24 @@ static void lay_parameters(sida_net_layout *at, sida_net_device *device) {
     }
 }
 
+sida_weight sida_net_layout_weight(sida_net_layout *at, sida_dtype dtype, int64_t rows,
+                                   int64_t cols) {
+    return (sida_weight){sida_net_layout_part(at, rows, cols, sida_dtype_bytes(dtype)), dtype, rows,
+                         cols};
+}
+
+void sida_net_fill(const sida_weight *to, int64_t first, const float *from, int64_t rows,
+                   float factor) {
+    int64_t count = rows * to->cols;
+    float *wide = (float *)to->data + first * to->cols;
+    uint16_t *narrow = (uint16_t *)to->data + first * to->cols;
+    for (int64_t i = 0; i < count; i++)
+        if (to->dtype == SIDA_F32)
+            wide[i] = from[i] * factor;
+        else
+            narrow[i] = sida_bf16_from_f32(from[i] * factor);
+}
+
 /* --- making one */
 
 bool sida_net_device_possible(const sida_backend *backend, const sida_net_config *config) {
@@ -130,8 +151,9 @@ bool sida_net_device_possible(const sida_backend *backend, const sida_net_config
     return ops->lstm && ops->sparsemax_attention;
 }
 
-static sida_status take(sida_net_device *device, sida_buffer **out, sida_memory_kind kind,
-                        const sida_net_layout *counted, const char *what) {
+sida_status sida_net_device_buffer(sida_net_device *device, sida_buffer **out,
+                                   sida_memory_kind kind, const sida_net_layout *counted,
+                                   const char *what) {
     if (counted->overflow)
         return sida_fail(SIDA_ERROR_MEMORY, "%s: larger than memory can be", what);
     return sida_buffer_create(device->backend, out, kind, counted->used, what);
@@ -142,17 +164,19 @@ static sida_status open_lane(sida_net_device *device, sida_net_lane *lane, int64
     lane->rows = rows;
     sida_net_layout at = {0}, host = {0};
     lay_lane(lane, &at, device);
-    SIDA_TRY(take(device, &lane->device, SIDA_MEMORY_DEVICE, &at, "the predictor's workspace"));
+    SIDA_TRY(sida_net_device_buffer(device, &lane->device, SIDA_MEMORY_DEVICE, &at,
+                                    "the predictor's workspace"));
     lay_lane(lane, &(sida_net_layout){.base = lane->device->data}, device);
     lay_shared(&lane->host_index, &lane->host_results, &host, device, rows);
-    SIDA_TRY(take(device, &lane->host, SIDA_MEMORY_HOST, &host, "the predictor's host arrays"));
+    SIDA_TRY(sida_net_device_buffer(device, &lane->host, SIDA_MEMORY_HOST, &host,
+                                    "the predictor's host arrays"));
     host = (sida_net_layout){.base = lane->host->data};
     lay_shared(&lane->host_index, &lane->host_results, &host, device, rows);
     SIDA_TRY(sida_stream_create(device->backend, &lane->stream, SIDA_STREAM_COMPUTE));
     if (device->config.kind == SIDA_NET_TRANSFORMER)
         SIDA_TRY(sida_graphs_create(&lane->graphs, lane->stream, 1));
-    /* The products of one row are no library's. */
-    if (!device->ops->prepare || rows == 1) goto out;
+    /* The products of one row are no library's; refinements on the lane of steps have more. */
+    if (!device->ops->prepare || (rows == 1 && device->refine.width == 0)) goto out;
     SIDA_TRY(device->ops->prepare(lane->stream));
     lane->stream_bytes = device->ops->stream_bytes;
 out:
@@ -179,17 +203,19 @@ static void fill_parameters(sida_net_device *device, const sida_net *net) {
     }
 }
 
-static sida_status copy_parameters(sida_net_device *device, const sida_net *net) {
+static sida_status copy_parameters(sida_net_device *device, const sida_net *net,
+                                   const sida_refine *refine) {
     sida_status status = SIDA_OK;
     sida_stream *stream = device->lanes[0].stream;
     sida_net_layout at = {0};
     char *image = NULL;
     lay_parameters(&at, device);
-    SIDA_TRY(
-        take(device, &device->parameters, SIDA_MEMORY_DEVICE, &at, "the predictor's parameters"));
+    SIDA_TRY(sida_net_device_buffer(device, &device->parameters, SIDA_MEMORY_DEVICE, &at,
+                                    "the predictor's parameters"));
     SIDA_TRY(SIDA_ALLOC(&image, at.used, "the predictor's parameters"));
     lay_parameters(&(sida_net_layout){.base = image}, device);
     fill_parameters(device, net);
+    sida_net_device_refine_fill(device, refine);
     lay_parameters(&(sida_net_layout){.base = device->parameters->data}, device);
     SIDA_TRY(sida_copy(stream, device->parameters->data, image, at.used));
     SIDA_TRY(sida_stream_synchronize(stream));
@@ -207,8 +233,8 @@ static sida_status open_states(sida_net_device *device) {
     SIDA_TRY(SIDA_ALLOC(&device->offsets, rows * l->states, "a predictor's states"));
     SIDA_TRY(SIDA_ALLOC(&device->positions, rows * l->states, "a predictor's states"));
     lay_states(&at, device);
-    SIDA_TRY(
-        take(device, &device->states_memory, SIDA_MEMORY_DEVICE, &at, "the predictor's states"));
+    SIDA_TRY(sida_net_device_buffer(device, &device->states_memory, SIDA_MEMORY_DEVICE, &at,
+                                    "the predictor's states"));
     lay_states(&(sida_net_layout){.base = device->states_memory->data}, device);
     for (int32_t i = 0; i < l->states; i++) {
         device->states[i].device = device;
@@ -223,8 +249,8 @@ out:
 }
 
 sida_status sida_net_device_create(sida_net_device **out, const sida_net *net,
-                                   sida_backend *backend, sida_weight embedding,
-                                   const sida_hash_limits *limits) {
+                                   const sida_refine *refine, sida_backend *backend,
+                                   sida_weight embedding, const sida_hash_limits *limits) {
     assert(sida_net_device_possible(backend, &net->config) &&
            embedding.cols == net->config.d_model);
     assert(limits->weights == SIDA_F32 || limits->weights == SIDA_BF16);
@@ -243,6 +269,7 @@ sida_status sida_net_device_create(sida_net_device **out, const sida_net *net,
     device->embedding = embedding;
     device->limits = *limits;
     device->weights = limits->weights;
+    device->refine.width = refine ? refine->width : 0;
     device->activations =
         device->weights == SIDA_BF16 && device->ops->bf16_activations ? SIDA_BF16 : SIDA_F32;
     pthread_mutex_init(&device->mutex, NULL);
@@ -250,8 +277,9 @@ sida_status sida_net_device_create(sida_net_device **out, const sida_net *net,
     SIDA_TRY(open_lane(device, &device->lanes[SIDA_LANE_AHEAD],
                        larger(limits->input_tokens, limits->step_tokens)));
     SIDA_TRY(open_lane(device, &device->lanes[SIDA_LANE_STEPS], limits->step_tokens));
-    SIDA_TRY(copy_parameters(device, net));
+    SIDA_TRY(copy_parameters(device, net, refine));
     SIDA_TRY(open_states(device));
+    SIDA_TRY(sida_net_device_refine_open(device));
     *out = device;
     device = NULL;
 out:
@@ -274,6 +302,8 @@ void sida_net_device_destroy(sida_net_device *device) {
     sida_buffer_destroy(device->parameters);
     sida_buffer_destroy(device->states_memory);
     sida_buffer_destroy(device->zeros);
+    sida_buffer_destroy(device->refine.device);
+    sida_buffer_destroy(device->refine.host);
     pthread_mutex_destroy(&device->mutex);
     free(device->states);
     free(device->offsets);
@@ -283,6 +313,7 @@ void sida_net_device_destroy(sida_net_device *device) {
 
 size_t sida_net_device_bytes(const sida_net_device *device) {
     size_t bytes = device->parameters->bytes + device->states_memory->bytes;
+    if (device->refine.device) bytes += device->refine.device->bytes;
     for (int i = 0; i < SIDA_LANES; i++)
         bytes += device->lanes[i].device->bytes + device->lanes[i].stream_bytes;
     return bytes;

@@ -9,7 +9,7 @@
 
 #include "runtime/ops/ops.h"
 #include "runtime/predictor/hash_source.h"
-#include "runtime/predictor/net.h"
+#include "runtime/predictor/refine.h"
 
 typedef struct sida_net_device sida_net_device;
 /* Of one batch: what the decoder attends to of the encoder, and its own state and memory. */
@@ -18,10 +18,11 @@ typedef struct sida_net_device_state sida_net_device_state;
 /* False where the back-end lacks an op: the network stays on the host then. */
 bool sida_net_device_possible(const sida_backend *backend, const sida_net_config *config);
 
-/* Copies the parameters. embedding: on the device, borrowed. Errors: those of taking memory. */
+/* Copies the parameters. refine: NULL for none. embedding: on the device, borrowed. Errors: those
+ * of taking memory. */
 sida_status sida_net_device_create(sida_net_device **out, const sida_net *net,
-                                   sida_backend *backend, sida_weight embedding,
-                                   const sida_hash_limits *limits);
+                                   const sida_refine *refine, sida_backend *backend,
+                                   sida_weight embedding, const sida_hash_limits *limits);
 /* All states must have been given back. Takes NULL. */
 void sida_net_device_destroy(sida_net_device *device);
 /* All that it takes of the device. */
@@ -38,5 +39,9 @@ sida_status sida_net_device_encode(sida_net_device_state *state, const sida_ragg
                                    int32_t k, sida_hash_table *out);
 sida_status sida_net_device_decode(sida_net_device_state *state, const sida_ragged *step, int32_t k,
                                    sida_hash_table *out);
+/* As sida_hash_refine(), on the lane of steps. */
+sida_status sida_net_device_refine_table(sida_net_device_state *state, int side, int32_t layer,
+                                         const int32_t *experts, int32_t top_k, int32_t k,
+                                         sida_hash_table *out);
 
 #endif

@@ -1,5 +1,5 @@
 /* Inside net_device: its memory, taken by net_device.c, and what runs in it, net_device_run.c and,
- * of a Transformer, net_device_transformer.c. */
+ * of a Transformer, net_device_transformer.c; refinements: net_device_refine.c. */
 #ifndef SIDA_RUNTIME_PREDICTOR_NET_DEVICE_PRIVATE_H
 #define SIDA_RUNTIME_PREDICTOR_NET_DEVICE_PRIVATE_H
 
@@ -36,6 +36,15 @@ typedef struct sida_net_layout {
     bool overflow;
 } sida_net_layout;
 void *sida_net_layout_part(sida_net_layout *at, int64_t rows, int64_t width, size_t size);
+sida_weight sida_net_layout_weight(sida_net_layout *at, sida_dtype dtype, int64_t rows,
+                                   int64_t cols);
+/* Fills rows `first` and on of a weight in host memory. */
+void sida_net_fill(const sida_weight *to, int64_t first, const float *from, int64_t rows,
+                   float factor);
+/* A buffer as large as was counted. */
+sida_status sida_net_device_buffer(sida_net_device *device, sida_buffer **out,
+                                   sida_memory_kind kind, const sida_net_layout *counted,
+                                   const char *what);
 
 typedef struct sida_net_lane {
     pthread_mutex_t mutex;
@@ -56,6 +65,15 @@ typedef struct sida_net_lane {
     char *results, *host_results; /* experts [n, layers, k] int32, then alpha */
 } sida_net_lane;
 
+/* Of a side's last call, for refinements; features NULL: there is none of that side. */
+typedef struct sida_net_device_told {
+    float *features; /* [tokens, hidden] what the heads read */
+    float *sum;      /* [tokens, R] refine.h */
+    bool called;
+    int64_t tokens;
+    int32_t layers; /* that have told what they chose */
+} sida_net_device_told;
+
 struct sida_net_device_state {
     sida_net_device *device;
     bool taken, encoded, stepped;
@@ -69,6 +87,7 @@ struct sida_net_device_state {
     /* The host's. */
     int64_t *offsets;  /* [sequences + 1] the encoder's */
     int32_t *position; /* [sequences] the decoder's tokens so far */
+    sida_net_device_told told[2];
 };
 
 /* A Transformer's parameters on the device, of one type but for positions and biases. */
@@ -88,12 +107,28 @@ typedef struct sida_net_device_transformer {
     sida_net_device_block blocks[SIDA_NET_BLOCKS_MAX];
 } sida_net_device_transformer;
 
+/* The refinement's parameters on the device, products' of one type with the network's, and where
+ * refinements compute: beside the lane of steps, on its stream and under its lock. */
+typedef struct sida_net_device_refine {
+    int32_t width; /* R; 0: no refinement, and nothing of this is there */
+    struct {
+        sida_weight features, heads;      /* heads begin with layer 1's */
+        float *bias, *known, *heads_bias; /* refine.h */
+    } sides[2];
+    sida_buffer *device, *host;
+    char *chosen, *host_chosen;   /* [tokens, k] int32 */
+    char *results, *host_results; /* experts [tokens, layers, k] int32, then alpha */
+    float *z;                     /* [tokens, R] */
+    float *scores;                /* [chunk, layers * E] of the layers behind */
+} sida_net_device_refine;
+
 struct sida_net_device {
     sida_backend *backend;
     const sida_ops *ops;
     sida_net_config config;
     sida_net_trunk trunks[2]; /* an LSTM's on the device */
     sida_net_device_transformer transformers[2];
+    sida_net_device_refine refine;
     sida_dtype weights, activations; /* a Transformer's: of its products, and of what they read */
     sida_weight embedding;
     sida_hash_limits limits;
@@ -120,6 +155,18 @@ typedef struct sida_net_call {
     sida_net_index host, index; /* the same on the device */
     float *top;                 /* [tokens, hidden] the last LSTM layer's outputs */
 } sida_net_call;
+
+/* --- refinements; each does nothing where there are none */
+
+/* Where parameters and states' arrays lie; the parameters' values, once they lie in host memory. */
+void sida_net_device_refine_lay(sida_net_device *device, sida_net_layout *at);
+void sida_net_device_refine_lay_state(sida_net_device_state *state, sida_net_layout *at,
+                                      const sida_net_device *device);
+void sida_net_device_refine_fill(const sida_net_device *device, const sida_refine *refine);
+/* Takes the memory to compute in. */
+sida_status sida_net_device_refine_open(sida_net_device *device);
+/* After a call: keeps what a refinement of it starts from. */
+sida_status sida_net_device_refine_keep(const sida_net_call *call);
 
 /* --- a Transformer's */
 

@@ -221,7 +221,10 @@ static sida_status issue(void *context) {
 static sida_status compute(sida_net_call *q) {
     sida_status status = SIDA_OK;
     sida_graphs *graphs = q->lane->graphs;
-    if (!graphs) return issue(q);
+    if (!graphs) {
+        SIDA_TRY(issue(q));
+        return sida_net_device_refine_keep(q);
+    }
     const sida_graphs_key key = {.subject = q->side == 1 ? q->state : NULL,
                                  .tokens = q->tokens,
                                  .sequences = q->sequences,
@@ -230,6 +233,7 @@ static sida_status compute(sida_net_call *q) {
     SIDA_TRY(sida_graphs_begin(graphs, &key));
     SIDA_TRY(sida_graphs_issue(graphs, 0, issue, q));
     if (q->side == 0) SIDA_TRY(sida_net_device_transformer_keep(q));
+    SIDA_TRY(sida_net_device_refine_keep(q));
 out:
     return status;
 }
@@ -304,11 +308,20 @@ out:
     return status;
 }
 
+/* A call that may be refined: no layer of it has told its choice yet. */
+static void begin_told(sida_net_device_state *state, int side, const sida_ragged *input) {
+    sida_net_device_told *told = &state->told[side];
+    told->called = true;
+    told->layers = 0;
+    told->tokens = sida_ragged_tokens(input);
+}
+
 sida_status sida_net_device_encode(sida_net_device_state *state, const sida_ragged *input,
                                    int32_t k, sida_hash_table *out) {
     sida_net_device *device = state->device;
     sida_net_lane *lane = &device->lanes[SIDA_LANE_AHEAD];
     state->encoded = state->stepped = false;
+    for (int side = 0; side < 2; side++) state->told[side].called = false;
     sida_status status = check_call(device, input, k, device->limits.input_tokens);
     if (status != SIDA_OK) return status;
     state->sequences = input->sequences;
@@ -318,6 +331,7 @@ sida_status sida_net_device_encode(sida_net_device_state *state, const sida_ragg
     status = encode(state, input, k, out);
     pthread_mutex_unlock(&lane->mutex);
     state->encoded = status == SIDA_OK;
+    if (status == SIDA_OK) begin_told(state, 0, input);
     return status;
 }
 
@@ -362,13 +376,18 @@ sida_status sida_net_device_decode(sida_net_device_state *state, const sida_ragg
     sida_status status = check_call(device, step, k, device->limits.step_tokens);
     if (status != SIDA_OK) return status;
     int which = state->stepped ? SIDA_LANE_STEPS : SIDA_LANE_AHEAD;
-    if (!device->trunks[1].present || sida_ragged_tokens(step) == 0)
-        return sida_hash_table_reserve(out, 1, device->config.layers[1], k,
-                                       sida_ragged_tokens(step));
+    state->told[1].called = false;
+    if (!device->trunks[1].present || sida_ragged_tokens(step) == 0) {
+        status =
+            sida_hash_table_reserve(out, 1, device->config.layers[1], k, sida_ragged_tokens(step));
+        if (status == SIDA_OK) begin_told(state, 1, step);
+        return status;
+    }
     pthread_mutex_lock(&device->lanes[which].mutex);
     status = decode(state, which, step, k, out);
     pthread_mutex_unlock(&device->lanes[which].mutex);
     state->stepped = true;
     state->encoded = status == SIDA_OK;
+    if (status == SIDA_OK) begin_told(state, 1, step);
     return status;
 }

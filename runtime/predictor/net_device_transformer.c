@@ -8,27 +8,23 @@
 
 /* --- parameters */
 
-static sida_weight lay(sida_net_layout *at, sida_dtype dtype, int64_t rows, int64_t cols) {
-    return (sida_weight){sida_net_layout_part(at, rows, cols, sida_dtype_bytes(dtype)), dtype, rows,
-                         cols};
-}
-
 static void lay_block(sida_net_device_block *block, sida_net_layout *at,
                       const sida_net_device *device, bool cross) {
     sida_dtype dtype = device->weights;
     int64_t h = device->config.hidden;
-    block->norm = lay(at, dtype, 1, h);
-    block->project = lay(at, dtype, 3 * h, h);
-    block->output = lay(at, dtype, h, h);
-    block->positions = lay(at, SIDA_F32, SIDA_NET_BUCKETS, h / SIDA_NET_HEAD_WIDTH);
+    block->norm = sida_net_layout_weight(at, dtype, 1, h);
+    block->project = sida_net_layout_weight(at, dtype, 3 * h, h);
+    block->output = sida_net_layout_weight(at, dtype, h, h);
+    block->positions =
+        sida_net_layout_weight(at, SIDA_F32, SIDA_NET_BUCKETS, h / SIDA_NET_HEAD_WIDTH);
     if (cross) {
-        block->cross_norm = lay(at, dtype, 1, h);
-        block->cross_query = lay(at, dtype, h, h);
-        block->cross_output = lay(at, dtype, h, h);
+        block->cross_norm = sida_net_layout_weight(at, dtype, 1, h);
+        block->cross_query = sida_net_layout_weight(at, dtype, h, h);
+        block->cross_output = sida_net_layout_weight(at, dtype, h, h);
     }
-    block->up_norm = lay(at, dtype, 1, h);
-    block->up = lay(at, dtype, SIDA_NET_UP * h, h);
-    block->down = lay(at, dtype, h, SIDA_NET_UP * h);
+    block->up_norm = sida_net_layout_weight(at, dtype, 1, h);
+    block->up = sida_net_layout_weight(at, dtype, SIDA_NET_UP * h, h);
+    block->down = sida_net_layout_weight(at, dtype, h, SIDA_NET_UP * h);
 }
 
 void sida_net_device_transformer_lay(sida_net_device *device, sida_net_layout *at) {
@@ -40,35 +36,22 @@ void sida_net_device_transformer_lay(sida_net_device *device, sida_net_layout *a
         bool cross = side == 1 && c->layers[0] > 0;
         int64_t outputs = (int64_t)c->layers[side] * c->experts;
         if (outputs == 0) continue;
-        to->norm_in = lay(at, dtype, 1, c->d_model);
-        to->compress = lay(at, dtype, h, c->d_model);
+        to->norm_in = sida_net_layout_weight(at, dtype, 1, c->d_model);
+        to->compress = sida_net_layout_weight(at, dtype, h, c->d_model);
         to->compress_bias = sida_net_layout_part(at, h, 1, sizeof(float));
         for (int b = 0; b < c->blocks; b++) lay_block(&to->blocks[b], at, device, cross);
         if (cross) {
-            to->norm_memory = lay(at, dtype, 1, h);
-            to->memory = lay(at, dtype, 2 * c->blocks * h, h);
+            to->norm_memory = sida_net_layout_weight(at, dtype, 1, h);
+            to->memory = sida_net_layout_weight(at, dtype, 2 * c->blocks * h, h);
         }
-        to->norm_out = lay(at, dtype, 1, h);
-        to->heads = lay(at, dtype, outputs, h);
+        to->norm_out = sida_net_layout_weight(at, dtype, 1, h);
+        to->heads = sida_net_layout_weight(at, dtype, outputs, h);
         to->heads_bias = sida_net_layout_part(at, outputs, 1, sizeof(float));
     }
 }
 
-/* Fills rows `first` and on. */
-static void fill(const sida_weight *to, int64_t first, const float *from, int64_t rows,
-                 float factor) {
-    int64_t count = rows * to->cols;
-    float *wide = (float *)to->data + first * to->cols;
-    uint16_t *narrow = (uint16_t *)to->data + first * to->cols;
-    for (int64_t i = 0; i < count; i++)
-        if (to->dtype == SIDA_F32)
-            wide[i] = from[i] * factor;
-        else
-            narrow[i] = sida_bf16_from_f32(from[i] * factor);
-}
-
 static void fill_all(const sida_weight *to, const sida_net_linear *from) {
-    fill(to, 0, from->weight, to->rows, 1);
+    sida_net_fill(to, 0, from->weight, to->rows, 1);
 }
 
 static void fill_block(const sida_net_device_block *to, const sida_net_block *from) {
@@ -76,13 +59,13 @@ static void fill_block(const sida_net_device_block *to, const sida_net_block *fr
     const float scale = 1.0f / sqrtf((float)SIDA_NET_HEAD_WIDTH);
     int64_t h = to->output.rows;
     fill_all(&to->norm, &from->self.norm);
-    fill(&to->project, 0, from->self.query.weight, h, scale);
-    fill(&to->project, h, from->self.key_value.weight, 2 * h, 1);
+    sida_net_fill(&to->project, 0, from->self.query.weight, h, scale);
+    sida_net_fill(&to->project, h, from->self.key_value.weight, 2 * h, 1);
     fill_all(&to->output, &from->self.output);
-    fill(&to->positions, 0, from->self.positions, to->positions.rows, 1);
+    sida_net_fill(&to->positions, 0, from->self.positions, to->positions.rows, 1);
     if (to->cross_norm.rows > 0) {
         fill_all(&to->cross_norm, &from->cross.norm);
-        fill(&to->cross_query, 0, from->cross.query.weight, h, scale);
+        sida_net_fill(&to->cross_query, 0, from->cross.query.weight, h, scale);
         fill_all(&to->cross_output, &from->cross.output);
     }
     fill_all(&to->up_norm, &from->norm);
@@ -104,7 +87,8 @@ void sida_net_device_transformer_fill(sida_net_device *device, const sida_net *n
         if (to->memory.rows > 0) {
             fill_all(&to->norm_memory, &from->norm_memory);
             for (int b = 0; b < c->blocks; b++)
-                fill(&to->memory, 2 * b * h, from->blocks[b].cross.key_value.weight, 2 * h, 1);
+                sida_net_fill(&to->memory, 2 * b * h, from->blocks[b].cross.key_value.weight, 2 * h,
+                              1);
         }
         fill_all(&to->norm_out, &from->norm_out);
         fill_all(&to->heads, &from->heads);

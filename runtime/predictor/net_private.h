@@ -1,4 +1,4 @@
-/* What the two kinds of network share of a pass. */
+/* What the two kinds of network share of a pass, and networks and refinements of their tensors. */
 #ifndef SIDA_RUNTIME_PREDICTOR_NET_PRIVATE_H
 #define SIDA_RUNTIME_PREDICTOR_NET_PRIVATE_H
 
@@ -24,5 +24,18 @@ sida_status sida_net_pass_apply(const sida_net_pass *pass, float *y, const float
  * this step; its counts are brought up to date. */
 sida_status sida_net_transformer_run(sida_net_pass *pass, int side, sida_weight embedding,
                                      const sida_ragged *input);
+
+/* --- tensors: rank 1 or 2, data set but for check */
+
+/* Uniform within centre ± bound, drawn in the order of the tensors. */
+void sida_net_tensors_initialise(const sida_net_tensor *tensors, int32_t count, uint64_t seed);
+/* /tensors/NAME. check: FORMAT for missing ones and other shapes; read: and for values that are not
+ * finite. Check before memory is taken for them: a small file must not make us take much. */
+sida_status sida_net_tensors_write(sida_h5_file *file, const sida_net_tensor *tensors,
+                                   int32_t count);
+sida_status sida_net_tensors_check(sida_h5_file *file, const sida_net_tensor *tensors,
+                                   int32_t count);
+sida_status sida_net_tensors_read(sida_h5_file *file, const sida_net_tensor *tensors,
+                                  int32_t count);
 
 #endif

@@ -137,6 +137,7 @@ sida_status sida_random_source_create(sida_hash_source **out, sida_hash_source *
     }
     self->base = (sida_hash_source){.table = &random_table, .info = inner->info};
     self->base.info.name = "random";
+    self->base.info.refines = false;
     self->inner = inner;
     self->seed = seed;
     *out = &self->base;

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+static const sida_hash_source_table router_table;
+
 typedef struct router_source {
     sida_hash_source base;
     float *weights; /* [layers of both sides] of router [E, d_model] and norm [d_model] */
@@ -50,28 +52,38 @@ out:
     return status;
 }
 
-static sida_status run(const router_source *self, router_state *state, int side,
-                       const sida_ragged *input, int32_t k, sida_hash_table *out) {
+/* Room for n tokens. */
+static sida_status reserve(const router_source *self, router_state *state, int64_t n) {
     sida_status status = SIDA_OK;
-    int32_t layers = self->base.info.layers[side], experts = self->base.info.experts;
-    int64_t n = sida_ragged_tokens(input), d = self->embedding.cols;
     size_t floats, scores;
-    SIDA_TRY(sida_hash_table_reserve(out, side, layers, k, n));
-    SIDA_TRY(sida_net_check_ids(self->embedding, input));
-    if (sida_mul_overflow((size_t)n, (size_t)d, &floats) ||
-        sida_mul_overflow((size_t)n, (size_t)experts, &scores))
+    if (sida_mul_overflow((size_t)n, (size_t)self->embedding.cols, &floats) ||
+        sida_mul_overflow((size_t)n, (size_t)self->base.info.experts, &scores))
         SIDA_FAIL(SIDA_ERROR_MEMORY, "too many tokens for one batch");
     SIDA_TRY(SIDA_GROW(&state->embedded, &state->embedded_items, floats + 1, "a router's batch"));
     SIDA_TRY(SIDA_GROW(&state->normed, &state->normed_items, floats + 1, "a router's batch"));
     SIDA_TRY(SIDA_GROW(&state->logits, &state->logit_items, scores + 1, "a router's batch"));
-    SIDA_TRY(sida_embedding_cpu(NULL, state->embedded, self->embedding, input->ids, n));
-    for (int32_t l = 0; l < layers; l++) {
-        int32_t site = l + (side == 1 ? self->base.info.layers[0] : 0);
+out:
+    return status;
+}
+
+sida_status sida_router_source_apply(const sida_hash_source *source, sida_hash_state *of, int side,
+                                     int32_t first, const float *hidden, int64_t n, int32_t k,
+                                     sida_hash_table *out) {
+    sida_status status = SIDA_OK;
+    const router_source *self = (const router_source *)source;
+    router_state *state = (router_state *)of;
+    int32_t layers = source->info.layers[side], experts = source->info.experts;
+    int64_t d = self->embedding.cols;
+    assert(source->table == &router_table);
+    SIDA_TRY(reserve(self, state, n));
+    SIDA_TRY(sida_hash_table_reserve(out, side, layers, k, n));
+    for (int32_t l = first; l < layers; l++) {
+        int32_t site = l + (side == 1 ? source->info.layers[0] : 0);
         const float *router = self->weights + (int64_t)site * (experts + 1) * d;
         SIDA_TRY(sida_linear_cpu(NULL,
                                  &(sida_linear_call){.y = state->logits,
                                                      .ldy = experts,
-                                                     .x = state->embedded,
+                                                     .x = hidden,
                                                      .ldx = d,
                                                      .n = n,
                                                      .weight = {router, SIDA_F32, experts, d},
@@ -81,9 +93,21 @@ static sida_status run(const router_source *self, router_state *state, int side,
                                                      .normed = state->normed}));
         for (int64_t i = 0; i < n; i++)
             if (!sida_select_logits(out, i, l, state->logits + i * experts, experts, state->keys))
-                SIDA_FAIL(SIDA_ERROR_FORMAT, "the router's scores of a token's embedding are not "
-                                             "finite");
+                SIDA_FAIL(SIDA_ERROR_FORMAT, "the router's scores of a token are not finite");
     }
+out:
+    return status;
+}
+
+static sida_status run(const router_source *self, router_state *state, int side,
+                       const sida_ragged *input, int32_t k, sida_hash_table *out) {
+    sida_status status = SIDA_OK;
+    int64_t n = sida_ragged_tokens(input);
+    SIDA_TRY(sida_net_check_ids(self->embedding, input));
+    SIDA_TRY(reserve(self, state, n));
+    SIDA_TRY(sida_embedding_cpu(NULL, state->embedded, self->embedding, input->ids, n));
+    SIDA_TRY(sida_router_source_apply(&self->base, (sida_hash_state *)state, side, 0,
+                                      state->embedded, n, k, out));
 out:
     return status;
 }

@@ -4,6 +4,7 @@
 
 #include "runtime/predictor/hash_source.h"
 #include "runtime/predictor/net.h"
+#include "runtime/predictor/refine.h"
 
 /* --- lstm: the paper's network; transformer: ours */
 
@@ -12,7 +13,10 @@
 sida_status sida_lstm_source_create(sida_hash_source **out, const sida_net *net,
                                     sida_weight embedding, sida_fingerprint model,
                                     sida_fingerprint tokenizer);
-/* From an open P.h5 whose meta data has been read. */
+/* Gives such a source a refinement of its network, borrowed, once, before it is placed. The
+ * refinement's values may change between batches. */
+void sida_lstm_source_refine(sida_hash_source *source, const sida_refine *refine);
+/* From an open P.h5 whose meta data has been read; with its refinement, if it has one. */
 sida_status sida_lstm_source_read(sida_hash_source **out, sida_h5_file *file,
                                   const sida_predictor_meta *meta, sida_weight embedding);
 
@@ -104,6 +108,13 @@ sida_status sida_router_source_create(sida_hash_source **out, const sida_source_
                                       const sida_router_weights *weights, float epsilon,
                                       sida_weight embedding, sida_fingerprint model,
                                       sida_fingerprint tokenizer);
+
+/* The routers of layers first … of a side applied to normed residual streams hidden [n, d_model]
+ * instead, by such a source and a state of it: rows of all layers, of which those before `first`
+ * mean nothing. FORMAT for scores that are not finite. */
+sida_status sida_router_source_apply(const sida_hash_source *source, sida_hash_state *state,
+                                     int side, int32_t first, const float *hidden, int64_t n,
+                                     int32_t k, sida_hash_table *out);
 
 /* --- random: what another source predicts, with the experts' names drawn anew for each sequence
  * and layer (the same for all its tokens)

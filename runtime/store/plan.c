@@ -97,7 +97,7 @@ static void unlink_group(sida_plan *plan, group *g) {
     *(g->next ? &g->next->previous : &plan->last) = g->previous;
     if (plan->cursor == g) {
         plan->cursor = g->next;
-        plan->cursor_index = 0;
+        plan->cursor_index = g->next ? g->next->taken : 0;
     }
     g->next = plan->spare;
     plan->spare = g;
@@ -138,6 +138,38 @@ out:
     return status;
 }
 
+/* Positions that are asked for lie near the front. */
+static group *group_at(const sida_plan *plan, int64_t position) {
+    group *g = plan->first;
+    while (g && g->position < position) g = g->next;
+    return g && g->position == position ? g : NULL;
+}
+
+const int32_t *sida_plan_at(const sida_plan *plan, int64_t position, int32_t *count) {
+    const group *g = group_at(plan, position);
+    *count = g ? (int32_t)(g->count - g->taken) : 0;
+    return *count > 0 ? g->experts + g->taken : NULL;
+}
+
+/* Takes *link out of the expert's list. */
+static void free_use(sida_plan *plan, int32_t *link) {
+    int32_t index = *link;
+    *link = plan->uses[index].next;
+    plan->uses[index].next = plan->uses_spare;
+    plan->uses_spare = index;
+}
+
+void sida_plan_remove(sida_plan *plan, int64_t position) {
+    group *g = group_at(plan, position);
+    if (!g) return;
+    for (; g->taken < g->count; g->taken++) {
+        int32_t *link = &plan->head[g->experts[g->taken]];
+        while (plan->uses[*link].position != position) link = &plan->uses[*link].next;
+        free_use(plan, link);
+    }
+    unlink_group(plan, g);
+}
+
 bool sida_plan_pop(sida_plan *plan, int64_t through, int32_t *expert) {
     group *g = plan->first;
     /* A group is only empty when adding to it failed. */
@@ -147,11 +179,8 @@ bool sida_plan_pop(sida_plan *plan, int64_t through, int32_t *expert) {
     }
     if (!g || g->position > through) return false;
     *expert = g->experts[g->taken++];
-    int32_t index = plan->head[*expert];
-    assert(index >= 0 && plan->uses[index].position == g->position);
-    plan->head[*expert] = plan->uses[index].next;
-    plan->uses[index].next = plan->uses_spare;
-    plan->uses_spare = index;
+    assert(plan->uses[plan->head[*expert]].position == g->position);
+    free_use(plan, &plan->head[*expert]);
     if (plan->cursor == g && plan->cursor_index < g->taken) plan->cursor_index = g->taken;
     if (g->taken == g->count) unlink_group(plan, g);
     return true;

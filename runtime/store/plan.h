@@ -18,6 +18,12 @@ void sida_plan_destroy(sida_plan *plan); /* takes NULL */
  * any order; what grows with each call is cheapest. */
 sida_status sida_plan_add(sida_plan *plan, int64_t position, const int32_t *experts, int32_t count);
 
+/* What is planned at `position`, in order: a pointer into the plan, until it changes. NULL, and
+ * *count 0: nothing. */
+const int32_t *sida_plan_at(const sida_plan *plan, int64_t position, int32_t *count);
+/* Forgets all uses at `position`. What is added there afterwards, the cursor sees. */
+void sida_plan_remove(sida_plan *plan, int64_t position);
+
 /* The first use, taken out when its position is <= through; false when there is none. */
 bool sida_plan_pop(sida_plan *plan, int64_t through, int32_t *expert);
 

@@ -4,6 +4,7 @@
  * uses ahead (position by position), one thread runs layers (begin, take, release … until all is
  * handed out), a third, the store's own, loads: what the running layer lacks first, then the plan.
  *
+ * - A plan may be revised until its position begins, by the thread that runs layers or another.
  * - A prefetch takes a free slot or one whose next planned use lies behind its own position;
  *   otherwise it waits until that changes, and is dropped once its position has begun.
  * - A load on demand takes any slot that is not pinned, not reserved for the running layer and not
@@ -46,6 +47,8 @@ typedef struct sida_store_stats {
     int64_t demand_loads;       /* needed, and loaded because of that */
     int64_t prefetch_loads;     /* loads of the plan */
     int64_t dropped_prefetches; /* planned uses that began before their load had */
+    int64_t revised_in;         /* by revisions: uses planned anew */
+    int64_t revised_out;        /* and uses forgotten whose load had not begun */
     int64_t bytes_moved;        /* host to device */
     int64_t bytes_wasted;       /* of these: prefetched and not used (yet) */
     int32_t resident, peak_resident;
@@ -71,6 +74,12 @@ void sida_store_destroy(sida_store *store);
  * forgotten. */
 sida_status sida_store_announce(sida_store *store, int64_t position, const int32_t *experts,
                                 int32_t count);
+
+/* The uses at a position that has not begun are these instead of what was announced there, in this
+ * order; nothing where it has. What is on the device stays, what is under way arrives: both may
+ * give way. */
+sida_status sida_store_revise(sida_store *store, int64_t position, const int32_t *experts,
+                              int32_t count);
 
 /* The layer at `position` (larger than all before) needs these distinct experts. Everything
  * planned up to it is done with. */

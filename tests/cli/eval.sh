@@ -1,7 +1,8 @@
 #!/bin/sh
 # sida eval beyond the rates of one source: figures of content and of all tokens, paired differences,
-# sums a sequence, pictures, and what is refused.
+# sums a sequence, refinements, pictures, and what is refused.
 . "$(dirname "$0")/lib.sh"
+h5edit=$2
 if [ ! -e "$sample/config.json" ]; then echo "skipped: no sample model"; exit 77; fi
 out=$work/out.h5
 trace() { # trace FILE FORMAT INPUT LIMIT
@@ -66,6 +67,56 @@ END
 fi
 $measure --baseline "$work/popular.h5" --json --threads 1 >"$work/again" 2>&1
 cmp -s "$work/stdout" "$work/again" || problem 'the same command printed something else'
+
+# --- a refinement beside what was said up front and the model's routers on its hidden states
+says_none() { # says_none WORD
+    ! grep -q -e "$1" "$work/stdout" || problem "$name: '$1' of a source that does not refine"
+}
+says_none refined
+accepts 'train a refinement' "$sida" train --trace "$work/train.h5" --valid "$work/test.h5" --epochs 3 \
+    --device cpu --output "$work/refines.h5"
+measure_refined="$sida eval --trace $work/test.h5 --predictor $work/refines.h5 --device cpu"
+accepts 'eval a refinement' $measure_refined
+says '^behind MoE 0, % .*refined is better by'
+says '^behind MoE 1, % '
+says '^         up front  .* [+-][0-9.]+ \[[+-][0-9.]+, [+-][0-9.]+\]'
+says_none 'hidden state'
+accepts 'eval --model --json' $measure_refined --model "$sample" --json
+if command -v python3 >/dev/null; then
+    python3 - "$work/stdout" <<'END' || problem 'the JSON of a refinement'
+import json, sys
+got = json.load(open(sys.argv[1]))
+layers = {(x["side"], x["layer"]): x for x in got["layers"]}
+assert [x["behind"] for x in got["refined"]] == [0, 1]
+assert "decoder" in got["refined"][0] and "decoder" not in got["refined"][1]
+for known in got["refined"]:
+    for scope in ("overall", "encoder", "decoder"):
+        if scope not in known: continue
+        figures = known[scope]
+        for rival in ("up_front", "hidden_state"):
+            for measure, interval in figures["better_by"][rival].items():
+                difference = figures["refined"][measure] - figures[rival][measure]
+                assert abs(interval["mean"] - difference) < 1e-6, (scope, rival, measure)
+                assert interval["low"] <= interval["mean"] <= interval["high"]
+            assert figures[rival]["pairs"] == figures["refined"]["pairs"]
+        assert figures["all_tokens"]["refined"]["pairs"] > figures["refined"]["pairs"]
+# Up front: what stands above of the layers behind.
+behind = [layers["encoder", 1], layers["encoder", 2]]
+for measure in ("hit@1", "set_recall_equal"):
+    mean = sum(x[measure] for x in behind) / 2
+    assert abs(got["refined"][0]["encoder"]["up_front"][measure] - mean) < 1e-6
+assert abs(got["refined"][1]["encoder"]["up_front"]["hit@3"] - behind[1]["hit@3"]) < 1e-6
+# A router knows more from a hidden state than from the embedding.
+router = got["baselines"]["router"]["layers"][2]
+assert got["refined"][1]["encoder"]["hidden_state"]["hit@1"] > router["hit@1"] + 10
+END
+fi
+# Without its first block, which has the checksum, it is a trace that other software wrote.
+tail -c +513 "$work/test.h5" >"$work/otherwise.h5"
+"$h5edit" "$work/otherwise.h5" set encoder/experts 0 300 7 || problem 'h5edit'
+refuses 'a trace of another routing' 1 'otherwise.h5: the model in .*/model chose otherwise in [0-9]+ of [0-9]+ cases' \
+    "$sida" eval --trace "$work/otherwise.h5" --predictor "$work/refines.h5" --model "$sample" --device cpu
+refuses 'no such device' 1 'toaster' $measure_refined --model "$sample" --device toaster
 
 # --- pictures
 if command -v gnuplot >/dev/null; then

@@ -4,3 +4,5 @@ sida_test(train_golden_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/train_golden_test.
   LABELS grad)
 sida_test(transformer_backward_test
   SOURCES ${CMAKE_CURRENT_LIST_DIR}/transformer_backward_test.c DEPENDS sida_trainer LABELS grad)
+sida_test(refine_backward_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/refine_backward_test.c
+  DEPENDS sida_trainer LABELS grad)

@@ -384,8 +384,10 @@ sida_status rig_pass(rig *r, sida_pass_stats *stats, sida_pass_options options, 
     options.next = next_batch;
     options.next_context = r;
     options.poison = true;
-    options.pause = pause_randomly;
-    options.pause_context = r;
+    if (!options.pause) {
+        options.pause = pause_randomly;
+        options.pause_context = r;
+    }
     sida_status status = sida_pass_run(stats, &options);
     r->delay_seed = 0;
     sida_backend_memory(r->backend, &usage);

@@ -41,7 +41,8 @@ void rig_repeat(rig *r);
 void rig_close(rig *r);
 
 /* Runs the engine over the corpus: `options` without what the rig fills in (model, run, feed,
- * poison, pauses). `seed`: of the delays, 0: none. The cap leaves room for the slots only. */
+ * poison, pauses unless there are some). `seed`: of the delays, 0: none. The cap leaves room for
+ * the slots only. */
 sida_status rig_pass(rig *r, sida_pass_stats *stats, sida_pass_options options, int32_t batch,
                      unsigned seed);
 

@@ -4,7 +4,7 @@
 #include "formats/predictor_file.h"
 #include "formats/tokenizer.h"
 #include "runtime/model/model.h"
-#include "runtime/predictor/net.h"
+#include "runtime/predictor/refine.h"
 #include "runtime/sida.h"
 #include "tests/test.h"
 
@@ -35,16 +35,23 @@ static void write_predictor(const char *path, sida_fingerprint model, sida_finge
                                     .vocabulary = info->vocabulary,
                                     .layers = {info->moe_layers[0], info->moe_layers[1]}};
     sida_net *net;
+    sida_refine *refine;
     sida_h5_file *file;
     assert_ok(sida_net_create(&net, &config));
     sida_net_initialise(net, 3);
-    json_t *object = json_pack("{s:o}", "net", sida_net_config_to_json(&config));
+    assert_ok(sida_refine_create(&refine, &config, 8));
+    sida_refine_initialise(refine, 4);
+    for (int64_t i = 0; i < refine->parameter_count; i++) refine->parameters[i] += 0.1f;
+    json_t *object =
+        json_pack("{s:o, s:{s:i}}", "net", sida_net_config_to_json(&config), "refine", "width", 8);
     char source[] = "lstm";
     const sida_predictor_meta meta = {model, tokenizer, source, object};
     assert_ok(sida_predictor_file_create(&file, path, SIDA_H5_PREDICTOR, &meta));
     assert_ok(sida_net_write(file, net));
+    assert_ok(sida_refine_write(file, refine));
     assert_ok(sida_h5_commit(file));
     json_decref(object);
+    sida_refine_destroy(refine);
     sida_net_destroy(net);
 }
 
@@ -150,14 +157,16 @@ static void test_exact(void **state) {
     assert_true(first.score == first.full_score || isnan(first.score));
     const char *const budgets[] = {"2-experts", "20%", NULL};
     char size[32];
-    /* As a size: room for seven. */
-    snprintf(size, sizeof size, "%llu",
-             (unsigned long long)(all.cap_bytes - all.slots * all.slot_bytes + 8 * all.slot_bytes));
+    /* As a size: room for ten, with a predictor for fewer. */
+    snprintf(
+        size, sizeof size, "%llu",
+        (unsigned long long)(all.cap_bytes - all.slots * all.slot_bytes + 10 * all.slot_bytes));
     for (int i = 0; i < 6; i++) {
         sida_engine_options options = init;
         options.predictor = i % 2 ? predictor : NULL;
         options.budget = i / 2 == 2 ? size : budgets[i / 2];
         options.no_prefetch = i == 3;
+        options.no_refine = i == 5;
         options.batch = 1 + 6 * (i / 2 == 1);
         options.policy = i % 2 ? "lookahead" : "fifo";
         run(options, &report, &facts, &b, false);
@@ -165,9 +174,12 @@ static void test_exact(void **state) {
         for (int r = 0; r < records; r++) assert_string_equal(a.texts[r], b.texts[r]);
         if (i == 1) assert_true(report.prefetch_loads > 0);
         if (i == 3) assert_int_equal(report.prefetch_loads, 0);
+        assert_int_equal(report.refinements > 0, i == 1);
+        assert_int_equal(report.refine_ms_per_batch > 0, i == 1);
+        assert_true(report.refine_ms_per_batch <= report.hash_ms_per_batch);
         if (i / 2 == 1) assert_int_equal(facts.slots, all.experts / 5);
         if (i == 4) {
-            assert_int_equal(facts.slots, 8);
+            assert_int_equal(facts.slots, 10);
             assert_true(report.device_bytes_peak <= strtoull(size, NULL, 10));
         }
         forget(&b);

@@ -21,6 +21,7 @@ static const char *self;
 typedef struct worker {
     sida_train_options options;
     int64_t kill_step, cancel_step, steps;
+    int64_t refine_step, refine_steps; /* the refinement's step that kills; < 0: that cancels */
 } worker;
 
 static sida_status on_step(void *context, double fraction, int64_t tokens) {
@@ -31,6 +32,15 @@ static sida_status on_step(void *context, double fraction, int64_t tokens) {
     if (w->steps == w->kill_step) raise(SIGKILL);
     if (w->steps == w->cancel_step) return sida_fail(SIDA_ERROR_CANCELLED, "stopped");
     return SIDA_OK;
+}
+
+static sida_status on_refine_step(void *context, double fraction, int64_t tokens) {
+    worker *w = context;
+    (void)tokens;
+    w->refine_steps += fraction > 0;
+    if (w->refine_steps == 0 || w->refine_steps != llabs(w->refine_step)) return SIDA_OK;
+    if (w->refine_step > 0) raise(SIGKILL);
+    return sida_fail(SIDA_ERROR_CANCELLED, "stopped");
 }
 
 static sida_train_options small_options(void) {
@@ -45,7 +55,7 @@ static sida_train_options small_options(void) {
     return o;
 }
 
-/* worker FOLDER OUTPUT EVERY RESUME KILL CANCEL LR */
+/* worker FOLDER OUTPUT EVERY RESUME KILL CANCEL LR REFINE */
 static int run_worker(char **argv) {
     snprintf(train_path, sizeof train_path, "%s/T.h5", argv[0]);
     snprintf(valid_path, sizeof valid_path, "%s/V.h5", argv[0]);
@@ -56,7 +66,9 @@ static int run_worker(char **argv) {
     w.kill_step = atoi(argv[4]);
     w.cancel_step = atoi(argv[5]);
     w.options.lr = atof(argv[6]);
+    w.refine_step = atoi(argv[7]);
     w.options.on_step = on_step;
+    w.options.on_refine_step = on_refine_step;
     w.options.context = &w;
     sida_status status = sida_train(&w.options, NULL);
     if (status == SIDA_ERROR_CANCELLED) return 3;
@@ -67,16 +79,18 @@ static int run_worker(char **argv) {
 typedef struct run {
     const char *output, *threads;
     int every, resume, kill, cancel, after_ms; /* after_ms > 0: killed from outside then */
+    int refine;                                /* worker.refine_step */
     const char *lr;
 } run;
 
 /* The worker's wait status. */
 static int start(run r) {
-    char every[16], resume[16], kill_step[16], cancel[16];
+    char every[16], resume[16], kill_step[16], cancel[16], refine[16];
     snprintf(every, sizeof every, "%d", r.every);
     snprintf(resume, sizeof resume, "%d", r.resume);
     snprintf(kill_step, sizeof kill_step, "%d", r.kill);
     snprintf(cancel, sizeof cancel, "%d", r.cancel);
+    snprintf(refine, sizeof refine, "%d", r.refine);
     char *const argv[] = {(char *)(uintptr_t)self,
                           (char *)(uintptr_t) "worker",
                           folder,
@@ -86,6 +100,7 @@ static int start(run r) {
                           kill_step,
                           cancel,
                           (char *)(uintptr_t)(r.lr ? r.lr : "0.01"),
+                          refine,
                           NULL};
     pid_t child = fork();
     assert_true(child >= 0);
@@ -209,6 +224,69 @@ static void cancelled(void **state) {
     expect_same();
 }
 
+/* The checkpoint holds the network's training whole, whenever it was last written: none of its 28
+ * steps is done again. */
+static void stopped_while_refining(void **state) {
+    (void)state;
+    static const int every[] = {0, 1, 3, 100};
+    for (int i = 0; i < 8; i++) {
+        const bool kills = i % 2;
+        int status = start((run){.every = every[i / 2], .refine = kills ? 1 + i / 2 : -5});
+        assert_true(kills ? WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL
+                          : WIFEXITED(status) && WEXITSTATUS(status) == 3);
+        assert_int_equal(access(output_path, F_OK), -1);
+        assert_int_equal(access(checkpoint, F_OK), 0);
+        if (i == 0) { /* and again, while it was resumed */
+            status = start((run){.resume = 1, .kill = 1, .refine = 2});
+            assert_true(WIFSIGNALED(status));
+            assert_int_equal(access(checkpoint, F_OK), 0);
+        }
+        expect_done((run){.resume = 1, .kill = 1, .threads = "3"});
+        expect_same();
+    }
+}
+
+/* Nothing of it in the file, and the rest as it is beside one. */
+static void without_refinement(void **state) {
+    (void)state;
+    sida_h5_file *files[2];
+    sida_predictor_meta metas[2];
+    sida_net *nets[2];
+    sida_net_config config;
+    sida_refine *refines[2];
+    sida_train_options o = small_options();
+    o.output = output_path;
+    o.lr = 0.01;
+    o.refine = false;
+    assert_int_equal(sida_train(&o, NULL), SIDA_OK);
+    const char *const paths[2] = {reference_path, output_path};
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(sida_predictor_file_open(&files[i], &metas[i], paths[i]), SIDA_OK);
+        assert_int_equal(
+            sida_net_config_from_json(&config, json_object_get(metas[i].config, "net"), paths[i]),
+            SIDA_OK);
+        assert_int_equal(sida_net_read(&nets[i], files[i], &config), SIDA_OK);
+        assert_int_equal(sida_refine_read(&refines[i], files[i], metas[i].config, &config),
+                         SIDA_OK);
+        sida_h5_close(files[i]);
+    }
+    const json_t *about = json_object_get(metas[0].config, "refine");
+    assert_non_null(refines[0]);
+    assert_int_equal(json_integer_value(json_object_get(about, "width")), refines[0]->width);
+    assert_true(
+        json_integer_value(json_object_get(json_object_get(about, "kept_epoch"), "encoder")) > 0);
+    assert_null(refines[1]);
+    assert_null(json_object_get(metas[1].config, "refine"));
+    assert_memory_equal(nets[0]->parameters, nets[1]->parameters,
+                        (size_t)nets[0]->parameter_count * sizeof(float));
+    for (int i = 0; i < 2; i++) {
+        sida_refine_destroy(refines[i]);
+        sida_net_destroy(nets[i]);
+        sida_predictor_meta_free(&metas[i]);
+    }
+    assert_int_equal(unlink(output_path), 0);
+}
+
 /* An LSTM's state is whole in its checkpoint, too. */
 static void cancelled_lstm(void **state) {
     (void)state;
@@ -274,6 +352,15 @@ static void resume_refuses(void **state) {
     o = good;
     o.patience = 2;
     refused(&o, SIDA_ERROR_MISMATCH, "training.patience");
+    o = good;
+    o.refine_width = 5;
+    refused(&o, SIDA_ERROR_MISMATCH, "refine.width");
+    o = good;
+    o.refine_epochs = 5;
+    refused(&o, SIDA_ERROR_MISMATCH, "refine.epochs");
+    o = good;
+    o.refine = false;
+    refused(&o, SIDA_ERROR_MISMATCH, "with refine");
     o = good;
     o.trace = valid_path;
     refused(&o, SIDA_ERROR_MISMATCH, "trace");
@@ -503,7 +590,7 @@ static void stops_where_nothing_moves(void **state) {
 }
 
 int main(int argc, char **argv) {
-    if (argc == 9 && strcmp(argv[1], "worker") == 0) return run_worker(argv + 2);
+    if (argc == 10 && strcmp(argv[1], "worker") == 0) return run_worker(argv + 2);
     self = "/proc/self/exe";
     const struct CMUnitTest tests[] = {cmocka_unit_test(any_number_of_threads),
                                        cmocka_unit_test(killed_once),
@@ -511,6 +598,8 @@ int main(int argc, char **argv) {
                                        cmocka_unit_test(killed_at_any_time),
                                        cmocka_unit_test(cancelled),
                                        cmocka_unit_test(cancelled_lstm),
+                                       cmocka_unit_test(stopped_while_refining),
+                                       cmocka_unit_test(without_refinement),
                                        cmocka_unit_test(resume_refuses),
                                        cmocka_unit_test(other_options_other_bytes),
                                        cmocka_unit_test(result),

@@ -251,7 +251,7 @@ static void comparison(void **state) {
         assert_true(c[i].hit[1].mean == 0);
     }
     assert_true(c[2].hit[0].mean == 0 && c[2].hit[0].high == 0);
-    json_t *json = sida_comparison_to_json(c, ours.layers);
+    json_t *json = sida_comparisons_to_json(c, &ours);
     assert_null(json_object_get(json, "decoder"));
     json_t *hit = json_object_get(json_object_get(json, "encoder"), "hit@1");
     close_to(json_real_value(json_object_get(hit, "low")), -100 * 2.0 / 3, 1e-9);

@@ -18,7 +18,7 @@
 #include <cmocka.h>
 
 #define BASE "tests/parity/base"
-enum { SEQUENCES = 3, TOKENS = 12, STEP = 6, VOCABULARY = 96 };
+enum { SEQUENCES = 3, TOKENS = 12, STEP = 6, VOCABULARY = 96, D_MODEL = 32 };
 
 #define OK(call)                                                                                   \
     do {                                                                                           \
@@ -311,6 +311,73 @@ static void test_hooks(void **state) {
     close_world(&w);
 }
 
+/* --- the residual stream behind the MoE layers */
+typedef struct looked {
+    one_by_one base; /* first: the context of begin, take, release too */
+    int calls[2];
+    float h[2][2][TOKENS * D_MODEL]; /* by side and MoE layer */
+    bool stop;
+} looked;
+
+static sida_status look(void *context, const sida_moe_call *call, const float *h) {
+    looked *l = context;
+    if (l->stop) return sida_fail(SIDA_ERROR_CANCELLED, "stop");
+    assert_int_equal(call->layer, l->calls[call->side]++);
+    assert_int_equal(call->site, call->layer + 2 * call->side);
+    assert_int_equal(call->tokens, call->side ? STEP : TOKENS);
+    memcpy(l->h[call->side][call->layer], h, (size_t)call->tokens * D_MODEL * sizeof *h);
+    return SIDA_OK;
+}
+
+static sida_weight stored(const sida_model *model, const char *name) {
+    const sida_tensor_view *view = sida_checkpoint_find(sida_model_checkpoint(model), name);
+    assert_non_null(view);
+    return (sida_weight){view->data, view->dtype, view->rank == 2 ? view->shape[0] : 1, D_MODEL};
+}
+
+/* The decoder's last block is a MoE layer: what is seen behind it gives the logits. Whoever
+ * supplies the experts, the same is seen, and looking changes nothing. */
+static void test_hidden(void **state) {
+    (void)state;
+    static float exact[STEP * VOCABULARY], logits[STEP * VOCABULARY], normed[STEP * D_MODEL];
+    static looked seen[3];
+    world w;
+    open_world(&w);
+    forward(&w, sida_resident_driver(w.resident, NULL, NULL, NULL), exact);
+    memset(seen, 0, sizeof seen);
+    for (int kind = 0; kind < 3; kind++) {
+        looked *l = &seen[kind];
+        l->base.model = w.model;
+        sida_moe_driver driver = one_driver(&l->base);
+        driver.hidden = look;
+        if (kind > 0) driver.resident = sida_resident_table(w.resident);
+        if (kind == 2) driver.observe = nothing;
+        forward(&w, &driver, logits);
+        assert_memory_equal(logits, exact, sizeof exact);
+        assert_true(l->calls[0] == 2 && l->calls[1] == 2 && l->base.pinned == 0);
+        assert_memory_equal(l->h, seen[0].h, sizeof l->h);
+    }
+    assert_memory_not_equal(seen->h[0][0], seen->h[0][1], sizeof seen->h[0][0]);
+    const sida_linear_call head = {.y = logits,
+                                   .ldy = VOCABULARY,
+                                   .x = seen->h[1][1],
+                                   .ldx = D_MODEL,
+                                   .n = STEP,
+                                   .weight = stored(w.model, "shared.weight"),
+                                   .scale = 1.0f / sqrtf((float)D_MODEL),
+                                   .norm = stored(w.model, "decoder.final_layer_norm.weight"),
+                                   .epsilon = 1e-6f,
+                                   .normed = normed};
+    memset(logits, 0, sizeof logits);
+    OK(sida_linear_cpu(NULL, &head));
+    assert_memory_equal(logits, exact, sizeof exact);
+    sida_moe_driver driver = {
+        .context = seen, .hidden = look, .resident = sida_resident_table(w.resident)};
+    seen->stop = true;
+    assert_int_equal(sida_run_encode(w.run, &input, &driver), SIDA_ERROR_CANCELLED);
+    close_world(&w);
+}
+
 /* One token a call gives what one call with all of them gives, up to rounding (1e-5: sums of some
  * ten keys in another order). */
 static void test_cached_decoding(void **state) {
@@ -600,11 +667,17 @@ static void test_refused_checkpoints(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_waves),           cmocka_unit_test(test_ahead),
-        cmocka_unit_test(test_read_backs),      cmocka_unit_test(test_hooks),
-        cmocka_unit_test(test_cached_decoding), cmocka_unit_test(test_limits),
-        cmocka_unit_test(test_memory),          cmocka_unit_test(test_generate_stops),
-        cmocka_unit_test(test_forced),          cmocka_unit_test(test_refused_checkpoints),
+        cmocka_unit_test(test_waves),
+        cmocka_unit_test(test_ahead),
+        cmocka_unit_test(test_read_backs),
+        cmocka_unit_test(test_hooks),
+        cmocka_unit_test(test_hidden),
+        cmocka_unit_test(test_cached_decoding),
+        cmocka_unit_test(test_limits),
+        cmocka_unit_test(test_memory),
+        cmocka_unit_test(test_generate_stops),
+        cmocka_unit_test(test_forced),
+        cmocka_unit_test(test_refused_checkpoints),
     };
     return cmocka_run_group_tests_name("model_run", tests, NULL, NULL);
 }

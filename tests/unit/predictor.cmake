@@ -10,3 +10,9 @@ sida_test(predictor_export_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_expo
   DEPENDS sida_predictor LABELS unit)
 sida_test(predictor_oracle_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_oracle_test.c
   DEPENDS sida_trainer LABELS unit)
+sida_test(predictor_refine_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_refine_test.c
+  DEPENDS sida_predictor LABELS unit)
+sida_test(predictor_refined_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/predictor_refined_test.c
+  DEPENDS sida_predictor LABELS unit)
+sida_test(refine_device_test SOURCES ${CMAKE_CURRENT_LIST_DIR}/refine_device_test.c
+  DEPENDS sida_predictor LABELS unit)

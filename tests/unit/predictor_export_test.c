@@ -7,7 +7,7 @@
 #include "formats/base/rng.h"
 #include "formats/safetensors.h"
 #include "runtime/predictor/export.h"
-#include "runtime/predictor/net.h"
+#include "runtime/predictor/refine.h"
 
 #include <math.h>
 #include <string.h>
@@ -16,42 +16,60 @@
 static char folder[] = "/tmp/sida-export-XXXXXX";
 static char predictor_path[64], output_path[64];
 
-/* The paper's network, the options of ours, and a Transformer. */
+/* The paper's network, the options of ours, and a Transformer; two with refinements. */
 static const struct golden {
     const char *name;
     sida_net_config config;
-} goldens[] = {{"predictor",
-                {.d_model = 10,
-                 .hidden = 12,
-                 .lstm_layers = 2,
-                 .experts = 6,
-                 .vocabulary = 20,
-                 .layers = {2, 1}}},
-               {"predictor_softmax",
-                {.d_model = 10,
-                 .hidden = 12,
-                 .lstm_layers = 2,
-                 .experts = 6,
-                 .vocabulary = 20,
-                 .layers = {2, 1},
-                 .attention = SIDA_NET_SOFTMAX,
-                 .bidirectional = true}},
-               {"predictor_none",
-                {.d_model = 10,
-                 .hidden = 12,
-                 .lstm_layers = 1,
-                 .experts = 6,
-                 .vocabulary = 20,
-                 .layers = {2, 1},
-                 .attention = SIDA_NET_NO_ATTENTION}},
-               {"predictor_transformer",
-                {.kind = SIDA_NET_TRANSFORMER,
-                 .d_model = 10,
-                 .hidden = 64,
-                 .blocks = 1,
-                 .experts = 6,
-                 .vocabulary = 20,
-                 .layers = {2, 1}}}};
+    int32_t refine; /* its width; 0: none */
+} goldens[] = {{.name = "predictor",
+                .config = {.d_model = 10,
+                           .hidden = 12,
+                           .lstm_layers = 2,
+                           .experts = 6,
+                           .vocabulary = 20,
+                           .layers = {2, 1}}},
+               {.name = "predictor_softmax",
+                .config = {.d_model = 10,
+                           .hidden = 12,
+                           .lstm_layers = 2,
+                           .experts = 6,
+                           .vocabulary = 20,
+                           .layers = {2, 1},
+                           .attention = SIDA_NET_SOFTMAX,
+                           .bidirectional = true}},
+               {.name = "predictor_none",
+                .config = {.d_model = 10,
+                           .hidden = 12,
+                           .lstm_layers = 1,
+                           .experts = 6,
+                           .vocabulary = 20,
+                           .layers = {2, 1},
+                           .attention = SIDA_NET_NO_ATTENTION}},
+               {.name = "predictor_transformer",
+                .config = {.kind = SIDA_NET_TRANSFORMER,
+                           .d_model = 10,
+                           .hidden = 64,
+                           .blocks = 1,
+                           .experts = 6,
+                           .vocabulary = 20,
+                           .layers = {2, 1}}},
+               {.name = "predictor_refine",
+                .config = {.d_model = 10,
+                           .hidden = 12,
+                           .lstm_layers = 1,
+                           .experts = 6,
+                           .vocabulary = 20,
+                           .layers = {3, 2}},
+                .refine = 9},
+               {.name = "predictor_transformer_refine",
+                .config = {.kind = SIDA_NET_TRANSFORMER,
+                           .d_model = 10,
+                           .hidden = 32,
+                           .blocks = 1,
+                           .experts = 6,
+                           .vocabulary = 20,
+                           .layers = {2, 3}},
+                .refine = 7}};
 enum { GOLDENS = sizeof goldens / sizeof *goldens };
 
 static void ok(sida_status status) {
@@ -114,14 +132,28 @@ static sida_net *make_net(const struct golden *g) {
     return net;
 }
 
-static void write_predictor(const sida_net *net, const char *source, sida_h5_kind kind,
-                            bool with_config) {
+/* NULL where there is none. */
+static sida_refine *make_refine(const struct golden *g) {
+    sida_refine *refine = NULL;
+    if (g->refine == 0) return NULL;
+    ok(sida_refine_create(&refine, &g->config, g->refine));
+    sida_rng rng = sida_rng_seed(43);
+    for (int64_t i = 0; i < refine->parameter_count; i++)
+        refine->parameters[i] = 0.5f * sida_rng_normal(&rng);
+    return refine;
+}
+
+static void write_predictor(const sida_net *net, const sida_refine *refine, const char *source,
+                            sida_h5_kind kind, bool with_config) {
     sida_h5_file *file;
     json_t *root = json_object();
+    if (refine)
+        json_object_set_new(root, "refine", json_pack("{s:i}", "width", (int)refine->width));
     if (with_config) json_object_set_new(root, "net", sida_net_config_to_json(&net->config));
     const sida_predictor_meta meta = {{1, 2}, {3, 4}, (char *)(uintptr_t)source, root};
     ok(sida_predictor_file_create(&file, predictor_path, kind, &meta));
     ok(sida_net_write(file, net));
+    if (refine) ok(sida_refine_write(file, refine));
     ok(sida_h5_commit(file));
     json_decref(root);
 }
@@ -146,13 +178,16 @@ static void check_export(const struct golden *g) {
     char golden_path[80];
     snprintf(golden_path, sizeof golden_path, "tests/unit/golden/%s.safetensors", g->name);
     sida_net *net = make_net(g);
-    write_predictor(net, sida_net_kind_name(g->config.kind), SIDA_H5_PREDICTOR, true);
+    sida_refine *refine = make_refine(g);
+    const int32_t refined = refine ? refine->tensor_count : 0;
+    write_predictor(net, refine, sida_net_kind_name(g->config.kind), SIDA_H5_PREDICTOR, true);
     ok(sida_predictor_export(output_path, predictor_path));
     tensors ours = open_tensors(output_path), golden = open_tensors(golden_path);
-    assert_int_equal(sida_safetensors_count(ours.file), net->tensor_count);
-    assert_int_equal(sida_safetensors_count(golden.file), net->tensor_count);
-    for (int32_t i = 0; i < net->tensor_count; i++) {
-        const sida_net_tensor *t = &net->tensors[i];
+    assert_int_equal(sida_safetensors_count(ours.file), net->tensor_count + refined);
+    assert_int_equal(sida_safetensors_count(golden.file), net->tensor_count + refined);
+    for (int32_t i = 0; i < net->tensor_count + refined; i++) {
+        const sida_net_tensor *t =
+            i < net->tensor_count ? &net->tensors[i] : &refine->tensors[i - net->tensor_count];
         const sida_tensor_view *views[2] = {find(&ours, t->name), find(&golden, t->name)};
         for (int k = 0; k < 2; k++) {
             assert_int_equal(views[k]->dtype, SIDA_F32);
@@ -182,12 +217,55 @@ static void check_export(const struct golden *g) {
     json_decref(root);
     close_tensors(&ours);
     close_tensors(&golden);
+    sida_refine_destroy(refine);
     sida_net_destroy(net);
 }
 
 static void same_as_golden(void **state) {
     (void)state;
     for (int i = 0; i < GOLDENS; i++) check_export(&goldens[i]);
+}
+
+/* Both compute in fp32, in other orders of summing: some 1e-6 of logits of order 1 to 10. */
+static void near(const char *name, const char *what, const float *ours, const float *expected,
+                 int64_t count) {
+    double worst = 0, largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        worst = fmax(worst, fabs((double)ours[i] - (double)expected[i]));
+        largest = fmax(largest, fabs((double)expected[i]));
+    }
+    printf("%s, %s: off by at most %.2g of %.2g\n", name, what, worst, largest);
+    assert_true(largest > 0.5 && worst < 2e-5);
+}
+
+/* What a side's refinement says once the layers before are known, one after the other. */
+static void check_refined(const struct golden *g, const sida_refine *refine, const tensors *golden,
+                          int side, const char *side_name, const sida_net_activations *a) {
+    enum { TOP_K = 2 };
+    const int32_t layers = g->config.layers[side], experts = g->config.experts;
+    const int64_t n = a->tokens;
+    char name[32];
+    snprintf(name, sizeof name, "%s.chosen", side_name);
+    float *chosen = floats(golden, name, n * (layers - 1) * TOP_K);
+    assert_in_range(refine->width, 1, 16);
+    float sum[64 * 16], z[64 * 16], scores[64 * 2 * 6], all[64 * 3 * 6];
+    ok(sida_refine_begin(refine, side, sum, a->mixed, n));
+    for (int32_t layer = 0; layer < layers - 1; layer++) {
+        const int64_t row = (int64_t)layers * experts, rest = (layers - 1 - layer) * experts;
+        int32_t ids[64 * TOP_K];
+        for (int64_t i = 0; i < n * TOP_K; i++)
+            ids[i] = (int32_t)chosen[(i / TOP_K * (layers - 1) + layer) * TOP_K + i % TOP_K];
+        sida_refine_know(refine, side, layer, sum, ids, TOP_K, n);
+        ok(sida_refine_scores(refine, side, layer, scores, z, sum, a->logits, n));
+        memcpy(all, a->logits, (size_t)(n * row) * sizeof *all);
+        for (int64_t i = 0; i < n; i++)
+            memcpy(all + (i + 1) * row - rest, scores + i * rest, (size_t)rest * sizeof *all);
+        snprintf(name, sizeof name, "%s.refined%d", side_name, layer);
+        float *expected = floats(golden, name, n * row);
+        near(g->name, name, all, expected, n * row);
+        free(expected);
+    }
+    free(chosen);
 }
 
 /* The network in C over the same inputs. */
@@ -201,6 +279,7 @@ static void check_outputs(const struct golden *g) {
     float *table = floats(&golden, "embedding", config->vocabulary * config->d_model);
     const sida_weight embedding = {table, SIDA_F32, config->vocabulary, config->d_model};
     sida_net *net = make_net(g);
+    sida_refine *refine = make_refine(g);
     sida_net_pass *pass;
     ok(sida_net_pass_create(&pass, net, false));
     for (int side = 0; side < 2; side++) {
@@ -224,18 +303,12 @@ static void check_outputs(const struct golden *g) {
                 : sida_net_encode(pass, embedding, &input));
         snprintf(name, sizeof name, "%s.logits", names[side]);
         float *expected = floats(&golden, name, n * row);
-        double worst = 0, largest = 0;
-        for (int64_t i = 0; i < n * row; i++) {
-            worst = fmax(worst, fabs((double)pass->sides[side].logits[i] - (double)expected[i]));
-            largest = fmax(largest, fabs((double)expected[i]));
-        }
-        printf("%s, %s: off by at most %.2g of %.2g\n", g->name, names[side], worst, largest);
-        /* Both compute in fp32, in other orders of summing: some 1e-6 of logits of order 1 to 10.
-         */
-        assert_true(largest > 0.5 && worst < 2e-5);
+        near(g->name, names[side], pass->sides[side].logits, expected, n * row);
+        if (refine) check_refined(g, refine, &golden, side, names[side], &pass->sides[side]);
         free(expected);
     }
     sida_net_pass_destroy(pass);
+    sida_refine_destroy(refine);
     sida_net_destroy(net);
     free(table);
     close_tensors(&golden);
@@ -251,14 +324,14 @@ static void bad_input(void **state) {
     sida_net *net = make_net(&goldens[0]);
     unlink(output_path);
     refused(sida_predictor_export(output_path, "/nonexistent/P.h5"), SIDA_ERROR_IO, "/nonexistent");
-    write_predictor(net, "table", SIDA_H5_PREDICTOR, false);
+    write_predictor(net, NULL, "table", SIDA_H5_PREDICTOR, false);
     refused(sida_predictor_export(output_path, predictor_path), SIDA_ERROR_UNSUPPORTED,
             "a 'table' has no network");
-    write_predictor(net, "lstm", SIDA_H5_PREDICTOR, false);
+    write_predictor(net, NULL, "lstm", SIDA_H5_PREDICTOR, false);
     refused(sida_predictor_export(output_path, predictor_path), SIDA_ERROR_FORMAT, "net.d_model");
-    write_predictor(net, "lstm", SIDA_H5_CHECKPOINT, true);
+    write_predictor(net, NULL, "lstm", SIDA_H5_CHECKPOINT, true);
     refused(sida_predictor_export(output_path, predictor_path), SIDA_ERROR_FORMAT, "checkpoint");
-    write_predictor(net, "lstm", SIDA_H5_PREDICTOR, true);
+    write_predictor(net, NULL, "lstm", SIDA_H5_PREDICTOR, true);
     refused(sida_predictor_export("/nonexistent/P.safetensors", predictor_path), SIDA_ERROR_IO,
             "/nonexistent");
     assert_int_equal(access(output_path, F_OK), -1);
@@ -273,7 +346,10 @@ int main(int argc, char **argv) {
             char path[80];
             snprintf(path, sizeof path, "tests/unit/golden/%s.safetensors", goldens[i].name);
             sida_net *net = make_net(&goldens[i]);
-            write_predictor(net, sida_net_kind_name(net->config.kind), SIDA_H5_PREDICTOR, true);
+            sida_refine *refine = make_refine(&goldens[i]);
+            write_predictor(net, refine, sida_net_kind_name(net->config.kind), SIDA_H5_PREDICTOR,
+                            true);
+            sida_refine_destroy(refine);
             sida_net_destroy(net);
             status = sida_predictor_export(path, predictor_path);
             if (status != SIDA_OK) fprintf(stderr, "%s\n", sida_last_message());

@@ -4,6 +4,7 @@
 #include "runtime/predictor/sources.h"
 #include "tools/cli/cli.h"
 #include "tools/cli/eval_report.h"
+#include "tools/cli/hidden_baseline.h"
 #include "tools/cli/plot.h"
 #include "tools/cli/router_baseline.h"
 #include "trainer/fit.h"
@@ -16,7 +17,7 @@ static const char *const counted[] = {"table", "popular", "bigram"};
 enum { COUNTED = sizeof counted / sizeof *counted, MOST_BASELINES = 32 };
 
 typedef struct options {
-    const char *trace, *predictor, *counts, *model, *sequences, *plot;
+    const char *trace, *predictor, *counts, *model, *device, *sequences, *plot;
     const char *baselines[MOST_BASELINES]; /* predictors */
     int32_t baseline_count;
     int32_t k; /* 0: the model's own */
@@ -25,6 +26,7 @@ typedef struct options {
     sida_progress progress;
     sida_eval_row rows[1 + COUNTED + 1 + MOST_BASELINES];
     int32_t row_count;
+    sida_eval_refined refined;
 } options;
 
 enum {
@@ -33,6 +35,7 @@ enum {
     KEY_BASELINE,
     KEY_BASELINE_TRACE,
     KEY_MODEL,
+    KEY_DEVICE,
     KEY_TOP_K,
     KEY_SEQUENCES,
     KEY_PLOT,
@@ -54,7 +57,11 @@ static const struct argp_option argp_options[] = {
      "experts, the table of (token before, token)",
      0},
     {"model", KEY_MODEL, "DIR", 0,
-     "also measure the model's own routers, untrained, on the normed input embedding", 0},
+     "also measure the model's own routers, untrained, on the normed input embedding; beside a "
+     "refinement also on the hidden state, for which the model runs over the trace",
+     0},
+    {"device", KEY_DEVICE, "NAME", 0,
+     "where the model runs: cpu, cuda, or auto (default): cuda where a GPU is present", 0},
     {"top-k", KEY_TOP_K, "K", 0,
      "experts predicted a token in set_recall and set_precision (the model's own k)", 0},
     {"per-sequence", KEY_SEQUENCES, "FILE.tsv", 0,
@@ -92,6 +99,9 @@ static error_t parse(int key, char *text, struct argp_state *state) {
         return 0;
     case KEY_MODEL:
         o->model = text;
+        return 0;
+    case KEY_DEVICE:
+        o->device = text;
         return 0;
     case KEY_TOP_K:
         o->k = (int32_t)sida_cli_i64(state, "--top-k", text, 1, 65535);
@@ -133,6 +143,11 @@ out:
     return status;
 }
 
+static sida_status refine(options *o, sida_refined *out, const sida_hash_source *source,
+                          const sida_dataset *data) {
+    return sida_evaluate_refined(out, source, data, o->k > 0 ? o->k : data->top_k, on_progress, o);
+}
+
 /* name: NULL, its kind. */
 static sida_status measure_predictor(options *o, const char *path, const char *name,
                                      const sida_dataset *data) {
@@ -140,6 +155,9 @@ static sida_status measure_predictor(options *o, const char *path, const char *n
     sida_hash_source *source = NULL;
     SIDA_TRY(sida_hash_source_open(&source, path, sida_dataset_embedding(data), data->model));
     SIDA_TRY(measure(o, name ? name : source->info.name, source, data));
+    if (name || !source->info.refines) goto out;
+    SIDA_TRY(refine(o, &o->refined.figures, source, data));
+    SIDA_TRY(sida_eval_add_rival(&o->refined, "up_front", &o->refined.figures.up_front));
 out:
     sida_hash_source_destroy(source);
     return status;
@@ -173,6 +191,25 @@ out:
     return status;
 }
 
+/* A model that is too large to run here is left out. */
+static sida_status measure_hidden(options *o, const sida_dataset *data) {
+    sida_status status = SIDA_OK;
+    sida_hash_source *source = NULL;
+    status = sida_hidden_baseline(&source, o->model, o->device, data);
+    if (status == SIDA_ERROR_MEMORY || status == SIDA_ERROR_BUDGET) {
+        sida_progress_end(&o->progress);
+        fprintf(stderr, "sida: the hidden state is left out: %s\n", sida_last_message());
+        return SIDA_OK;
+    }
+    SIDA_TRY(status);
+    SIDA_TRY(refine(o, &o->refined.hidden, source, data));
+    SIDA_TRY(sida_hidden_baseline_check(source, o->model));
+    SIDA_TRY(sida_eval_add_rival(&o->refined, "hidden_state", &o->refined.hidden.refined));
+out:
+    sida_hash_source_destroy(source);
+    return status;
+}
+
 static sida_status draw(const options *o) {
     sida_status status = SIDA_OK;
     const char **names = NULL;
@@ -200,20 +237,22 @@ static sida_status evaluate(options *o) {
     SIDA_TRY(measure_predictor(o, o->predictor, NULL, &data));
     if (o->counts) SIDA_TRY(measure_counts(o, &data));
     if (o->model) SIDA_TRY(measure_router(o, &data));
+    if (o->model && o->refined.figures.scope_count > 0) SIDA_TRY(measure_hidden(o, &data));
     for (int32_t i = 0; i < o->baseline_count; i++)
         SIDA_TRY(measure_predictor(o, o->baselines[i], o->baselines[i], &data));
     sida_progress_end(&o->progress);
     if (o->sequences) SIDA_TRY(sida_eval_write_sequences(o->rows, o->row_count, o->sequences));
     if (o->plot) SIDA_TRY(draw(o));
     if (o->json) {
-        SIDA_TRY(sida_eval_print_json(o->rows, o->row_count, o->trace));
+        SIDA_TRY(sida_eval_print_json(o->rows, o->row_count, &o->refined, o->trace));
     } else {
-        sida_eval_print_text(o->rows, o->row_count);
+        sida_eval_print_text(o->rows, o->row_count, &o->refined);
         SIDA_TRY(sida_cli_flush());
     }
 out:
     sida_progress_end(&o->progress);
     for (int32_t r = 0; r < o->row_count; r++) sida_evaluation_free(&o->rows[r].figures);
+    sida_eval_refined_free(&o->refined);
     sida_dataset_free(&data);
     return status;
 }
@@ -238,7 +277,9 @@ int sida_cmd_eval(int argc, char **argv) {
         "and 2 k predicted; exact: tokens whose k predicted are those chosen; weight@k: share of "
         "the applied factors that belongs to predicted experts. Padding is not in a trace; a "
         "token dropped for capacity counts in hit@k, as the router chose, uses no expert in the "
-        "sets and has no alpha.",
+        "sets and has no alpha. Of a predictor that refines, behind MoE l: the layers behind it, "
+        "with what the trace chose up to l known; up front, without; hidden state (--model): the "
+        "model's own routers of these layers on what it had behind l.",
         NULL,
         NULL,
         NULL};

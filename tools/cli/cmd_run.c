@@ -22,6 +22,7 @@ enum {
     KEY_POLICY,
     KEY_QUEUE,
     KEY_NO_PREFETCH,
+    KEY_NO_REFINE,
     KEY_NO_COMPARE,
     KEY_DIGEST,
     KEY_JSON,
@@ -82,6 +83,8 @@ static const struct argp_option argp_options[] = {
     {"policy", KEY_POLICY, "NAME", 0, "which expert gives way: lookahead (default), lru, fifo", 3},
     {"queue", KEY_QUEUE, "N", 0, "batches predicted ahead (8)", 3},
     {"no-prefetch", KEY_NO_PREFETCH, 0, 0, "load experts only when a layer needs them", 3},
+    {"no-refine", KEY_NO_REFINE, 0, 0,
+     "exact: do not predict the layers behind one again once it has chosen", 3},
     {"device", KEY_DEVICE, "NAME", 0, "cpu, cuda, or auto (default): cuda where a GPU is present",
      3},
     {"threads", KEY_THREADS, "N", 0, "CPU threads (all)", 3},
@@ -145,6 +148,9 @@ static error_t parse_engine(int key, char *text, struct argp_state *state) {
         return 0;
     case KEY_NO_PREFETCH:
         e->no_prefetch = true;
+        return 0;
+    case KEY_NO_REFINE:
+        e->no_refine = true;
         return 0;
     case KEY_THREADS:
         e->threads = (int32_t)sida_cli_i64(state, "--threads", text, 1, 1024);
@@ -310,10 +316,12 @@ static json_t *report_json(const options *o, const sida_engine_facts *f, const s
         (json_int_t)r->prefetch_loads, "dropped_prefetches", (json_int_t)r->dropped_prefetches,
         "bytes_moved", (json_int_t)r->bytes_moved, "bytes_wasted", (json_int_t)r->bytes_wasted,
         "wait_ms", "inference", r->wait_ms_inference, "hash", r->wait_ms_hash);
-    json_t *hash =
-        json_pack("{s:f, s:f, s:o, s:o}", "hash_ms_per_batch", r->hash_ms_per_batch,
-                  "inference_ms_per_batch", r->inference_ms_per_batch, "hash_share",
-                  number(r->hash_share), "table_wait_share", number(r->table_wait_share));
+    json_t *hash = json_pack("{s:f, s:f, s:f, s:o, s:o, s:I, s:I, s:I}", "hash_ms_per_batch",
+                             r->hash_ms_per_batch, "refine_ms_per_batch", r->refine_ms_per_batch,
+                             "inference_ms_per_batch", r->inference_ms_per_batch, "hash_share",
+                             number(r->hash_share), "table_wait_share", number(r->table_wait_share),
+                             "refinements", (json_int_t)r->refinements, "revised_in",
+                             (json_int_t)r->revised_in, "revised_out", (json_int_t)r->revised_out);
     json_object_update(all, work);
     json_object_update(all, memory);
     json_object_update(all, moves);
@@ -405,6 +413,10 @@ static void print_table(const options *o, const sida_engine_facts *f, const sida
         printf("%-18s %.3f ms a batch, %.1f %% of inference; %.2f %% of inference's time waited "
                "for it after the first batch\n",
                "predicting", r->hash_ms_per_batch, r->hash_share * 100, r->table_wait_share * 100);
+    if (r->refinements > 0)
+        printf("%-18s %.3f ms of these, by %" PRId64 " layers' choices: %" PRId64
+               " planned uses came, %" PRId64 " went before their load\n",
+               "refining", r->refine_ms_per_batch, r->refinements, r->revised_in, r->revised_out);
     if (o->job.digest) printf("%-18s %s\n", "digest", r->digest);
 }
 

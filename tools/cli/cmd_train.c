@@ -12,11 +12,12 @@ typedef struct options {
     sida_train_options train;
     sida_progress progress;
     int64_t threads;
-    bool json;
-    const char *plot; /* FILE.svg or NULL */
+    bool json, refining; /* refining: the second bar */
+    const char *plot;    /* FILE.svg or NULL */
     /* An option that was given and is of the training by steps only; of one kind of network only.
      */
     const char *stepwise, *of_kind[2];
+    const char *of_refinement; /* the same of an option of the refinement */
 } options;
 
 enum {
@@ -51,6 +52,9 @@ enum {
     KEY_BIDIRECTIONAL,
     KEY_ATTENTION,
     KEY_NO_CALIBRATE,
+    KEY_NO_REFINE,
+    KEY_REFINE_WIDTH,
+    KEY_REFINE_EPOCHS,
     KEY_PLOT
 };
 
@@ -102,6 +106,12 @@ static const struct argp_option argp_options[] = {
      "stop after N epochs on end that were no better on the validation trace (0: never)", 1},
     {"no-calibrate", KEY_NO_CALIBRATE, NULL, 0,
      "leave out the temperatures that fit the factors to the validation trace's", 1},
+    {"no-refine", KEY_NO_REFINE, NULL, 0,
+     "leave out the refinement, which predicts a token's next MoE layers again once the routing of "
+     "earlier ones is known",
+     1},
+    {"refine-width", KEY_REFINE_WIDTH, "N", 0, "its width, 1 to 1024 (twice --hidden)", 1},
+    {"refine-epochs", KEY_REFINE_EPOCHS, "N", 0, "passes over the trace to train it (8)", 1},
     {"resume", KEY_RESUME, NULL, 0,
      "continue from OUTPUT.checkpoint, to the same bytes; without one, start", 1},
     {"checkpoint-every", KEY_CHECKPOINT_EVERY, "N", 0,
@@ -146,6 +156,7 @@ static void note_stepwise(options *o, int key) {
         if (option->name && option->key == key && option->group == 1) o->stepwise = option->name;
     if (key == KEY_LSTM_LAYERS || key == KEY_BIDIRECTIONAL || key == KEY_ATTENTION)
         o->of_kind[SIDA_NET_LSTM] = o->stepwise;
+    if (key == KEY_REFINE_WIDTH || key == KEY_REFINE_EPOCHS) o->of_refinement = o->stepwise;
     if (key == KEY_BLOCKS) o->of_kind[SIDA_NET_TRANSFORMER] = o->stepwise;
 }
 
@@ -156,6 +167,11 @@ static void check_source(const options *o, struct argp_state *state) {
     if (sida_net_kind_from_name(&kind, source)) {
         sida_cli_require(state, "--valid", t->valid);
         const char *foreign = o->of_kind[!kind];
+        if (o->of_refinement && !t->refine) {
+            fprintf(stderr, "%s: --%s: of a refinement, beside --no-refine (see %s --help)\n",
+                    state->name, o->of_refinement, state->name);
+            exit(SIDA_EXIT_USAGE);
+        }
         if (!foreign) return;
         if (t->source)
             fprintf(stderr, "%s: --%s: not an option of --source %s (see %s --help)\n", state->name,
@@ -262,6 +278,16 @@ static error_t parse(int key, char *text, struct argp_state *state) {
     case KEY_NO_CALIBRATE:
         t->calibrate = false;
         return 0;
+    case KEY_NO_REFINE:
+        t->refine = false;
+        return 0;
+    case KEY_REFINE_WIDTH:
+        t->refine_width =
+            (int32_t)sida_cli_i64(state, "--refine-width", text, 1, SIDA_REFINE_WIDTH_MAX);
+        return 0;
+    case KEY_REFINE_EPOCHS:
+        t->refine_epochs = (int32_t)sida_cli_i64(state, "--refine-epochs", text, 1, 100000);
+        return 0;
     case KEY_THREADS:
         o->threads = sida_cli_i64(state, "--threads", text, 1, 1024);
         return 0;
@@ -319,6 +345,26 @@ static void on_epoch(void *context, const sida_train_epoch *epoch) {
             epoch->seconds);
 }
 
+static sida_status on_refine_step(void *context, double fraction, int64_t tokens) {
+    options *o = context;
+    if (!o->refining) {
+        o->refining = true;
+        sida_progress_end(&o->progress);
+        o->progress = sida_progress_begin("refine", "tokens");
+    }
+    return on_step(context, fraction, tokens);
+}
+
+static void on_refine_epoch(void *context, const sida_refine_epoch *epoch) {
+    options *o = context;
+    if (o->progress.on) fputs("\r\033[K", stderr);
+    fprintf(stderr,
+            "refinement %d/%d  loss %.4f  valid %s %.2f %% behind a known layer, up front %.2f %%  "
+            "%.1f s\n",
+            epoch->epoch, epoch->epochs, epoch->loss, epoch->chosen > 1 ? "slot@k" : "hit@1",
+            epoch->hit, epoch->up_front, epoch->seconds);
+}
+
 int sida_cmd_train(int argc, char **argv) {
     options o = {.train = sida_train_defaults()};
     const struct argp argp = {
@@ -327,7 +373,8 @@ int sida_cmd_train(int argc, char **argv) {
         NULL,
         "Makes a predictor of a model's experts from a trace of it. A network's OUTPUT holds the "
         "weights of the epoch with the best hit@1 (of a model that chooses k experts: slot@k) on "
-        "the validation trace, the curve and the configuration. The defaults are those measured "
+        "the validation trace, the curve, the configuration, and a refinement of them. The "
+        "defaults are those measured "
         "best on the sample model; figures are in trainer/README.md.",
         NULL,
         NULL,
@@ -337,6 +384,8 @@ int sida_cmd_train(int argc, char **argv) {
     sida_cli_catch_signals();
     o.train.on_step = on_step;
     o.train.on_epoch = on_epoch;
+    o.train.on_refine_step = on_refine_step;
+    o.train.on_refine_epoch = on_refine_epoch;
     o.train.context = &o;
     o.progress = sida_progress_begin("train", "tokens");
     json_t *summary = NULL;

@@ -1,8 +1,10 @@
 #include "tools/cli/eval_report.h"
 
 #include "formats/base/file.h"
+#include "formats/base/memory.h"
 #include "tools/cli/cli.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -58,7 +60,74 @@ static void print_interval(const char *what, const sida_interval *i) {
     printf("  %s %+.2f [%+.2f, %+.2f]", what, i->mean, i->low, i->high);
 }
 
-void sida_eval_print_text(const sida_eval_row *rows, int32_t count) {
+/* --- the layers behind one whose routing is known */
+
+sida_status sida_eval_add_rival(sida_eval_refined *refined, const char *name,
+                                const sida_behind *figures) {
+    sida_status status = SIDA_OK;
+    const int32_t i = refined->rival_count;
+    assert(i < SIDA_EVAL_RIVALS);
+    SIDA_TRY(SIDA_ALLOC(&refined->better[i], refined->figures.scope_count, "a comparison"));
+    SIDA_TRY(sida_refined_compare(refined->better[i], &refined->figures, figures));
+    refined->rivals[i] = (sida_refined_rival){name, figures, refined->better[i]};
+    refined->rival_count++;
+out:
+    return status;
+}
+
+void sida_eval_refined_free(sida_eval_refined *refined) {
+    for (int32_t i = 0; i < SIDA_EVAL_RIVALS; i++) free(refined->better[i]);
+    sida_refined_free(&refined->figures);
+    sida_refined_free(&refined->hidden);
+    *refined = (sida_eval_refined){0};
+}
+
+static void print_difference(const sida_interval *i) {
+    printf("  %+.2f [%+.2f, %+.2f]", i->mean, i->low, i->high);
+}
+
+static void print_behind(const char *scope, const char *name, const sida_scores *s, int32_t chosen,
+                         const sida_comparison *better) {
+    printf("%-8s %-13s %7.2f %7.2f %9.2f", scope, name, s->hit[0], s->hit[1], s->set_recall_equal);
+    if (chosen > 1) printf(" %7.2f", s->slot_recall[0]);
+    if (better) {
+        print_difference(&better->hit[0]);
+        print_difference(&better->hit[1]);
+        print_difference(&better->set_recall_equal);
+        if (chosen > 1) print_difference(&better->slot_recall);
+    }
+    putchar('\n');
+}
+
+static void print_refined(const sida_eval_refined *refined) {
+    static const char *const scope_names[3] = {"overall", "encoder", "decoder"};
+    const sida_refined *r = &refined->figures;
+    const char *slot[2] = {"", ""};
+    if (r->chosen > 1) slot[0] = "  slot@k", slot[1] = ", slot@k";
+    for (int32_t s = 0; s < r->scope_count; s++) {
+        const sida_refined_scope *scope = &r->scopes[s];
+        if (scope->side < 0) {
+            char title[40];
+            snprintf(title, sizeof title, "behind MoE %d, %%", scope->behind);
+            printf("%-22s %7s %7s %9s%s  refined is better by: hit@1, hit@3, equal%s\n", title,
+                   "hit@1", "hit@3", "equal", slot[0], slot[1]);
+            /* Both sides are one where the other has no such layer. */
+            if (s + 2 == r->scope_count || r->scopes[s + 2].side < 0) continue;
+        }
+        print_behind(scope_names[scope->side + 1], "refined", &r->refined.scores[s], r->chosen,
+                     NULL);
+        for (int32_t i = 0; i < refined->rival_count; i++) {
+            const sida_refined_rival *rival = &refined->rivals[i];
+            char label[16];
+            snprintf(label, sizeof label, "%s", rival->name);
+            for (char *c = label; *c; c++) *c = *c == '_' ? ' ' : *c;
+            print_behind("", label, &rival->figures->scores[s], r->chosen, &rival->better[s]);
+        }
+    }
+}
+
+void sida_eval_print_text(const sida_eval_row *rows, int32_t count,
+                          const sida_eval_refined *refined) {
     for (int32_t r = 0; r < count; r++) {
         const sida_evaluation *e = &rows[r].figures;
         char title[40];
@@ -80,20 +149,26 @@ void sida_eval_print_text(const sida_eval_row *rows, int32_t count) {
         print_interval("hit@1", &rows[r].better[0].hit[0]);
         print_interval("hit@3", &rows[r].better[0].hit[1]);
         print_interval("equal", &rows[r].better[0].set_recall_equal);
+        if (e->chosen > 1) print_interval("slot@k", &rows[r].better[0].slot_recall);
         putchar('\n');
     }
+    print_refined(refined);
 }
 
-sida_status sida_eval_print_json(const sida_eval_row *rows, int32_t count, const char *trace) {
+sida_status sida_eval_print_json(const sida_eval_row *rows, int32_t count,
+                                 const sida_eval_refined *refined, const char *trace) {
     const sida_evaluation *ours = &rows[0].figures;
     json_t *root = sida_evaluation_to_json(ours), *others = json_object();
     for (int32_t r = 1; r < count; r++) {
         json_t *row = sida_evaluation_to_json(&rows[r].figures);
-        json_object_set_new(row, "better_by",
-                            sida_comparison_to_json(rows[r].better, ours->layers));
+        json_object_set_new(row, "better_by", sida_comparisons_to_json(rows[r].better, ours));
         json_object_set_new(others, rows[r].name, row);
     }
     json_object_set_new(root, "baselines", others);
+    if (refined->figures.scope_count > 0)
+        json_object_set_new(
+            root, "refined",
+            sida_refined_to_json(&refined->figures, refined->rivals, refined->rival_count));
     json_object_set_new(root, "source", json_string(rows[0].name));
     json_object_set_new(root, "top_k", json_integer(ours->set_k));
     json_object_set_new(root, "sequences", json_integer(ours->sequences));

@@ -4,7 +4,11 @@
     encoder_logits, decoder_logits = net(encoder_embeddings, decoder_embeddings)
 
 Takes one sequence's input embeddings a side, [n, d_model]; gives [n, MoE layers, experts]. A side
-without MoE layers takes anything and gives None. Needs: torch >= 2.4, safetensors.
+without MoE layers takes anything and gives None. With a refinement (runtime/predictor/refine.h) a
+third argument may give, a side, the experts that the model chose in its MoE layers 0 ... l, [n, l + 1,
+top_k], or None: the logits of the layers behind l are then refined.
+
+Needs: torch >= 2.4, safetensors.
 """
 import json
 import math
@@ -56,6 +60,22 @@ class Attend(nn.Module):
         return self.output((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
 
 
+class Refine(nn.Module):
+    """forward: f [n, h] what the heads read, s [n, layers, experts] what they said, chosen [n, l + 1, top_k]."""
+
+    def __init__(self, h, layers, experts, width):
+        super().__init__()
+        rows = (layers - 1) * experts
+        self.features, self.heads = nn.Linear(h, width, bias=False), nn.Linear(width, rows)
+        self.bias, self.known = nn.Parameter(torch.zeros(layers - 1, width)), nn.Parameter(torch.zeros(rows, width))
+
+    def forward(self, f, s, chosen):
+        n, l = len(f), chosen.shape[1] - 1
+        rows = chosen + s.shape[2] * torch.arange(l + 1)[:, None]
+        z = (self.features(f) + self.bias[l] + self.known[rows].sum((1, 2))).relu()
+        return torch.cat((s[:, :l + 1], s[:, l + 1:] + self.heads(z).view(n, -1, s.shape[2])[:, l:]), 1)
+
+
 class Transformer(nn.Module):
     """One side. forward: e [n, d_model], memory: the encoder's x or None; gives logits [n, ...] and x."""
 
@@ -70,14 +90,18 @@ class Transformer(nn.Module):
             self.norm_memory = norm(h)
         self.norm_out, self.heads = norm(h), nn.Linear(h, outputs)
 
-    def forward(self, e, memory, causal):
+    def trunk(self, e, memory, causal):
         x = self.compress(self.norm_in(e))
         for b in self.blocks:
             x = x + b["self"](x, None, causal)
             if memory is not None and len(memory):
                 x = x + b["cross"](x, self.norm_memory(memory), False)
             x = x + b["down"](b["up"](b["norm"](x)).relu())
-        return self.heads(self.norm_out(x)), x
+        return self.norm_out(x), x
+
+    def forward(self, e, memory, causal):
+        f, x = self.trunk(e, memory, causal)
+        return self.heads(f), x
 
 
 class Predictor(nn.Module):
@@ -86,7 +110,8 @@ class Predictor(nn.Module):
         with safe_open(path, "pt") as file:
             self.about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        says = json.loads(self.about["config"])["net"]
+        config = json.loads(self.about["config"])
+        says, refine = config["net"], config.get("refine")
         kind = says.pop("kind", "lstm")
         options = OPTIONS.get(kind, {})
         c = self.config = options | says
@@ -106,27 +131,35 @@ class Predictor(nn.Module):
                 parts = {"compress": nn.Linear(c["d_model"], h), "lstm": lstm,
                          "residual": nn.Linear(h, h), "heads": nn.Linear(h, c[f"layers_{side}"] * c["experts"])}
                 self.add_module(side, nn.ModuleDict(parts))
+            if refine and c[f"layers_{side}"] > 1:
+                refined = Refine(h, c[f"layers_{side}"], c["experts"], refine["width"])
+                getattr(self, side).add_module("refine", refined)
         self.load_state_dict(tensors)
 
-    def trunk(self, side, e, memory, causal):
-        part = getattr(self, side, None)
-        if part is None:
-            return None, None
+    def trunk(self, part, e, memory, causal):
+        """What the heads read, and what the decoder's cross-attention does."""
         if isinstance(part, Transformer):
-            logits, x = part(e, memory, causal)
-            return logits.view(len(e), -1, self.config["experts"]), x
+            return part.trunk(e, memory, causal)
         x = part["compress"](e).relu()
         h, _ = part["lstm"](x)
         if not self.weigh:
-            return part["heads"](part["residual"](x) + h).view(len(e), -1, self.config["experts"]), h
+            return part["residual"](x) + h, h
         scores = h @ h.T
         if causal:
             scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
         o = part["residual"](x) + self.weigh(scores) @ h
         if memory is not None and len(memory):
             o = o + self.weigh(h @ memory.T) @ memory
-        return part["heads"](o).view(len(e), -1, self.config["experts"]), h
+        return o, h
 
-    def forward(self, source, target):
-        encoded, memory = self.trunk("encoder", source, None, False)
-        return encoded, self.trunk("decoder", target, memory, True)[0]
+    def side(self, side, e, memory, chosen):
+        part = getattr(self, side, None)
+        if part is None:
+            return None, None
+        f, memory = self.trunk(part, e, memory, side == "decoder")
+        logits = part.heads(f).view(len(e), -1, self.config["experts"])
+        return logits if chosen is None else part.refine(f, logits, chosen), memory
+
+    def forward(self, source, target, chosen=(None, None)):
+        encoded, memory = self.side("encoder", source, None, chosen[0])
+        return encoded, self.side("decoder", target, memory, chosen[1])[0]
