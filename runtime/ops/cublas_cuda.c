@@ -14,8 +14,23 @@ static const char library[] = NAME_OF(CUBLAS_VER_MAJOR);
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static sida_cublas functions;
+static sida_cublas_lt lt_functions;
 static bool loaded;
 static char reason[256];
+
+/* Found in what libcublas itself was linked to, so that the two are of one version and cuBLAS's
+ * handles are cublasLt's. */
+static bool load_lt(void *from) {
+    sida_cublas_lt *f = &lt_functions;
+    return sida_symbol(from, &f->product_init, "cublasLtMatmulDescInit_internal") &&
+           sida_symbol(from, &f->product_set, "cublasLtMatmulDescSetAttribute") &&
+           sida_symbol(from, &f->layout_init, "cublasLtMatrixLayoutInit_internal") &&
+           sida_symbol(from, &f->layout_set, "cublasLtMatrixLayoutSetAttribute") &&
+           sida_symbol(from, &f->preference_init, "cublasLtMatmulPreferenceInit_internal") &&
+           sida_symbol(from, &f->preference_set, "cublasLtMatmulPreferenceSetAttribute") &&
+           sida_symbol(from, &f->heuristic, "cublasLtMatmulAlgoGetHeuristic") &&
+           sida_symbol(from, &f->multiply, "cublasLtMatmul");
+}
 
 static void load(void) {
     /* Stays loaded: handles of other threads may outlive any owner. */
@@ -27,6 +42,7 @@ static void load(void) {
              sida_symbol(from, &functions.gemm, "cublasGemmEx") &&
              sida_symbol(from, &functions.gemm_batched, "cublasGemmStridedBatchedEx") &&
              sida_symbol(from, &functions.status_string, "cublasGetStatusString");
+    if (loaded && load_lt(from)) functions.lt = &lt_functions;
     if (loaded) return;
     const char *why = dlerror();
     snprintf(reason, sizeof reason, "%s", why ? why : "unknown reason");

@@ -4,6 +4,7 @@
 #define SIDA_RUNTIME_OPS_CUBLAS_CUDA_H
 
 #include <cublas_v2.h>
+#include <cublasLt.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -11,6 +12,35 @@ extern "C" {
 
 #include "formats/base/status.h"
 #include "runtime/backend/backend.h"
+
+/* Those of cublasLt, on which cuBLAS stands. */
+typedef struct sida_cublas_lt {
+    cublasStatus_t (*product_init)(cublasLtMatmulDesc_t product, size_t bytes,
+                                   cublasComputeType_t compute, cudaDataType_t scale_type);
+    cublasStatus_t (*product_set)(cublasLtMatmulDesc_t product,
+                                  cublasLtMatmulDescAttributes_t attribute, const void *value,
+                                  size_t bytes);
+    cublasStatus_t (*layout_init)(cublasLtMatrixLayout_t layout, size_t bytes, cudaDataType type,
+                                  uint64_t rows, uint64_t cols, int64_t ld);
+    cublasStatus_t (*layout_set)(cublasLtMatrixLayout_t layout,
+                                 cublasLtMatrixLayoutAttribute_t attribute, const void *value,
+                                 size_t bytes);
+    cublasStatus_t (*preference_init)(cublasLtMatmulPreference_t preference, size_t bytes);
+    cublasStatus_t (*preference_set)(cublasLtMatmulPreference_t preference,
+                                     cublasLtMatmulPreferenceAttributes_t attribute,
+                                     const void *value, size_t bytes);
+    cublasStatus_t (*heuristic)(cublasLtHandle_t handle, cublasLtMatmulDesc_t product,
+                                cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d,
+                                cublasLtMatmulPreference_t preference, int wanted,
+                                cublasLtMatmulHeuristicResult_t *results, int *found);
+    cublasStatus_t (*multiply)(cublasLtHandle_t handle, cublasLtMatmulDesc_t product,
+                               const void *alpha, const void *a, cublasLtMatrixLayout_t a_layout,
+                               const void *b, cublasLtMatrixLayout_t b_layout, const void *beta,
+                               const void *c, cublasLtMatrixLayout_t c_layout, void *d,
+                               cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo,
+                               void *workspace, size_t workspace_bytes, cudaStream_t stream);
+} sida_cublas_lt;
 
 /* The functions that the ops call, under cuBLAS's own types. */
 typedef struct sida_cublas {
@@ -32,6 +62,7 @@ typedef struct sida_cublas {
                                    long long c_stride, int batch, cublasComputeType_t compute,
                                    cublasGemmAlgo_t algo);
     const char *(*status_string)(cublasStatus_t status);
+    const sida_cublas_lt *lt; /* NULL: not there */
 } sida_cublas;
 
 /* Loads the version that this was compiled against. DEVICE when it is not there. Any thread. */

@@ -1,4 +1,5 @@
-/* Products of training and their gradients: cuBLAS, with biases and sums of columns by kernels. */
+/* Products of training and their gradients: cublasLt, or cuBLAS and a kernel for the bias where it
+ * does not take one; sums of columns by a kernel. */
 #include "runtime/ops/gemm_cuda.cuh"
 
 #include <assert.h>
@@ -23,24 +24,23 @@ static bool fits(const sida_gemm_call *call) {
            call->lda <= INT32_MAX && call->ldb <= INT32_MAX && call->ldc <= INT32_MAX;
 }
 
-/* Row-major c = op(a) op(b) is column-major cᵀ = op(b)ᵀ op(a)ᵀ. */
-sida_status gemm_batched(sida_stream *stream, const gemm_batch *batch, bool tf32) {
+static sida_status make_zero(sida_stream *stream, const gemm_batch *batch) {
     const sida_gemm_call *q = &batch->first;
-    if (!fits(q)) return sida_fail(SIDA_ERROR_UNSUPPORTED, "cuda: a product of over 2^31 rows");
-    if (q->m == 0 || q->n == 0 || batch->count == 0) return SIDA_OK;
-    if (q->k == 0 && q->add) return SIDA_OK;
+    sida_status status = SIDA_OK;
+    for (int32_t i = 0; status == SIDA_OK && i < batch->count; i++)
+        status = SIDA_CUDA(
+            cudaMemset2DAsync(q->c + i * batch->c_stride, (size_t)q->ldc * sizeof(float), 0,
+                              (size_t)q->n * sizeof(float), (size_t)q->m, stream_of(stream)));
+    return status;
+}
+
+/* What cublasLt does not take. Row-major c = op(a) op(b) is column-major cᵀ = op(b)ᵀ op(a)ᵀ. */
+static sida_status multiply_blas(sida_stream *stream, const gemm_batch *batch, bool tf32) {
+    const sida_gemm_call *q = &batch->first;
     const sida_cublas *cublas;
     cublasHandle_t handle;
-    sida_status status = sida_cuda_use(stream->backend);
-    if (status == SIDA_OK) status = sida_cublas_of(stream, &cublas, &handle);
+    sida_status status = sida_cublas_of(stream, &cublas, &handle);
     if (status != SIDA_OK) return status;
-    if (q->k == 0) {
-        for (int32_t i = 0; status == SIDA_OK && i < batch->count; i++)
-            status = SIDA_CUDA(
-                cudaMemset2DAsync(q->c + i * batch->c_stride, (size_t)q->ldc * sizeof(float), 0,
-                                  (size_t)q->n * sizeof(float), (size_t)q->m, stream_of(stream)));
-        return status;
-    }
     const float one = 1.0f, beta = q->add ? 1.0f : 0.0f;
     const cublasOperation_t op_a = q->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
     const cublasOperation_t op_b = q->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -60,15 +60,6 @@ sida_status gemm_batched(sida_stream *stream, const gemm_batch *batch, bool tf32
                              batch->c_stride, batch->count, compute, CUBLAS_GEMM_DEFAULT),
         "cublasGemmStridedBatchedEx");
 }
-
-extern "C" sida_status sida_gemm_cuda(sida_stream *stream, const sida_gemm_call *call, bool tf32) {
-    gemm_batch batch = {};
-    batch.first = *call;
-    batch.count = 1;
-    return gemm_batched(stream, &batch, tf32);
-}
-
-/* --- y = x Wᵀ + bias */
 
 template <int PACK>
 __global__ void __launch_bounds__(THREADS)
@@ -99,31 +90,61 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
+static sida_status add_bias(sida_stream *stream, const gemm_batch *batch) {
+    if (!batch->bias && !batch->relu) return SIDA_OK;
+    float *c = batch->first.c;
+    const int64_t cols = batch->first.n, count = batch->first.m * cols;
+    assert(batch->count == 1 && batch->first.ldc == cols);
+    const bool wide = cols % 4 == 0 && (uintptr_t)c % 16 == 0;
+    const int64_t blocks = (count + THREADS - 1) / THREADS / (wide ? 4 : 1) + 1;
+    const dim3 grid((unsigned)(blocks < 4096 ? blocks : 4096));
+    return launch_kernel("bias kernel", stream, wide ? epilogue_kernel<4> : epilogue_kernel<1>,
+                         grid, THREADS, 0, c, batch->bias, count, cols, batch->relu);
+}
+
+sida_status gemm_batched(sida_stream *stream, const gemm_batch *batch, bool tf32) {
+    const sida_gemm_call *q = &batch->first;
+    bool done = false;
+    if (!fits(q)) return sida_fail(SIDA_ERROR_UNSUPPORTED, "cuda: a product of over 2^31 rows");
+    if (q->m == 0 || q->n == 0 || batch->count == 0) return SIDA_OK;
+    sida_status status = sida_cuda_use(stream->backend);
+    if (status == SIDA_OK && q->k > 0) status = sida_lt_multiply(stream, batch, tf32, &done);
+    if (status != SIDA_OK || done) return status;
+    if (q->k > 0)
+        status = multiply_blas(stream, batch, tf32);
+    else if (!q->add)
+        status = make_zero(stream, batch);
+    return status == SIDA_OK ? add_bias(stream, batch) : status;
+}
+
+extern "C" sida_status sida_gemm_cuda(sida_stream *stream, const sida_gemm_call *call, bool tf32) {
+    gemm_batch batch = {};
+    batch.first = *call;
+    batch.count = 1;
+    return gemm_batched(stream, &batch, tf32);
+}
+
+/* y = x Wᵀ + bias */
 extern "C" sida_status sida_linear_train_cuda(sida_stream *stream, float *y, const float *x,
                                               sida_weight w, const float *bias,
                                               sida_epilogue epilogue, int64_t n, bool tf32) {
     assert(w.dtype == SIDA_F32);
-    sida_gemm_call product = {};
-    product.c = y;
-    product.ldc = w.rows;
-    product.a = x;
-    product.lda = w.cols;
-    product.b = (const float *)w.data;
-    product.ldb = w.cols;
-    product.m = n;
-    product.n = w.rows;
-    product.k = w.cols;
-    product.transpose_b = true;
-    product.add = epilogue == SIDA_EPILOGUE_ADD;
-    const bool relu = epilogue == SIDA_EPILOGUE_RELU;
-    const int64_t count = n * w.rows;
-    sida_status status = sida_gemm_cuda(stream, &product, tf32);
-    if (status != SIDA_OK || count == 0 || (!bias && !relu)) return status;
-    const bool wide = w.rows % 4 == 0 && (uintptr_t)y % 16 == 0;
-    const int64_t blocks = (count + THREADS - 1) / THREADS / (wide ? 4 : 1) + 1;
-    const dim3 grid((unsigned)(blocks < 4096 ? blocks : 4096));
-    return launch_kernel("bias kernel", stream, wide ? epilogue_kernel<4> : epilogue_kernel<1>,
-                         grid, THREADS, 0, y, bias, count, w.rows, relu);
+    gemm_batch batch = {};
+    batch.count = 1;
+    batch.first.c = y;
+    batch.first.ldc = w.rows;
+    batch.first.a = x;
+    batch.first.lda = w.cols;
+    batch.first.b = (const float *)w.data;
+    batch.first.ldb = w.cols;
+    batch.first.m = n;
+    batch.first.n = w.rows;
+    batch.first.k = w.cols;
+    batch.first.transpose_b = true;
+    batch.first.add = epilogue == SIDA_EPILOGUE_ADD;
+    batch.bias = bias;
+    batch.relu = epilogue == SIDA_EPILOGUE_RELU;
+    return gemm_batched(stream, &batch, tf32);
 }
 
 /* --- sums of columns */

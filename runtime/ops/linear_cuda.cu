@@ -1,6 +1,6 @@
 /* y = x Wᵀ. bf16 weights: tensor cores, up to MOST_X rows by our own kernel, which reads the
  * weights once, more by cuBLAS. fp32 and fp16: few rows by a kernel in fp32, more by cuBLAS. */
-#include "runtime/ops/cublas_cuda.h"
+#include "runtime/ops/cublaslt_cuda.h"
 #include "runtime/ops/mma_cuda.cuh"
 
 #include <assert.h>
@@ -26,6 +26,7 @@ typedef struct stream_state {
     char *space;                        /* of it, this one's */
     size_t space_bytes;
     cudaStream_t stream;
+    sida_lt_plans *plans; /* an owner's, of training's products; NULL: none yet */
     sida_buffer *scratch; /* NULL: not wanted yet */
 } stream_state;
 
@@ -59,6 +60,7 @@ static void state_destroy(void *state) {
     if (s->blas) (void)s->cublas->destroy(s->blas);
     sida_buffer_destroy(s->workspace);
     sida_buffer_destroy(s->scratch);
+    sida_lt_plans_destroy(s->plans);
     free(s);
 }
 
@@ -110,6 +112,19 @@ extern "C" sida_status sida_cublas_of(sida_stream *stream, const sida_cublas **c
     *cublas = state->cublas;
     *handle = state->owner->blas;
     return set_handle(state);
+}
+
+extern "C" sida_status sida_lt_place_of(sida_stream *stream, sida_lt_place *place) {
+    sida_status status = make_state(stream);
+    if (status != SIDA_OK) return status;
+    stream_state *state = (stream_state *)sida_cuda_stream_of(stream)->ops_state;
+    place->cublas = state->cublas;
+    place->handle = (cublasLtHandle_t)state->owner->blas;
+    place->workspace = state->space;
+    place->workspace_bytes = state->space_bytes;
+    place->stream = state->stream;
+    place->plans = &state->owner->plans;
+    return SIDA_OK;
 }
 
 extern "C" sida_status sida_cublas_share(sida_stream *beside, sida_stream *stream) {

@@ -29,7 +29,8 @@ sida_status sida_beside_cuda(sida_stream *beside, sida_stream *stream);
 /* sida_gemm_cpu's contract (gemm.h). */
 sida_status sida_gemm_cuda(sida_stream *stream, const sida_gemm_call *call, bool tf32);
 
-/* y [n, rows] = x [n, cols] Wᵀ + bias, through `epilogue` (linear.h); bias may be NULL. */
+/* y [n, rows] = x [n, cols] Wᵀ + bias, through `epilogue` (linear.h); bias may be NULL. Relu of NaN
+ * is NaN or 0. */
 sida_status sida_linear_train_cuda(sida_stream *stream, float *y, const float *x, sida_weight w,
                                    const float *bias, sida_epilogue epilogue, int64_t n, bool tf32);
 

@@ -30,11 +30,13 @@ static void *zero_room(size_t bytes) {
 typedef struct gemm_case {
     int64_t m, n, k;
     bool transpose_a, transpose_b, add;
+    bool packed; /* rows end to end; else none of them is aligned */
 } gemm_case;
 
 static void check_gemm(gemm_case c) {
-    const int64_t lda = (c.transpose_a ? c.m : c.k) + 3, ldb = (c.transpose_b ? c.k : c.n) + 1,
-                  ldc = c.n + 2;
+    const int64_t lda = (c.transpose_a ? c.m : c.k) + (c.packed ? 0 : 3),
+                  ldb = (c.transpose_b ? c.k : c.n) + (c.packed ? 0 : 1),
+                  ldc = c.n + (c.packed ? 0 : 2);
     const int64_t a_items = (c.transpose_a ? c.k : c.m) * lda + 1,
                   b_items = (c.transpose_b ? c.n : c.k) * ldb + 1, c_items = c.m * ldc + 1;
     float *a = normal(a_items, 1), *b = normal(b_items, 1), *want = normal(c_items, 1);
@@ -72,11 +74,15 @@ static void test_gemm(void **state) {
     (void)state;
     for (int flags = 0; flags < 8; flags += gpu_step(7)) {
         const bool a = flags & 1, b = flags & 2, add = flags & 4;
-        check_gemm((gemm_case){1, 1, 1, a, b, add});
-        check_gemm((gemm_case){33, 20, 70, a, b, add});
-        check_gemm((gemm_case){128, 256, 64, a, b, add});
-        check_gemm((gemm_case){7, 5, 0, a, b, add});
-        check_gemm((gemm_case){300, 64, 2000, a, b, add});
+        for (int packed = 0; packed < 2; packed++) {
+            check_gemm((gemm_case){1, 1, 1, a, b, add, packed});
+            check_gemm((gemm_case){33, 20, 70, a, b, add, packed});
+            check_gemm((gemm_case){128, 256, 64, a, b, add, packed});
+            check_gemm((gemm_case){7, 5, 0, a, b, add, packed});
+            check_gemm((gemm_case){300, 64, 2000, a, b, add, packed});
+            check_gemm((gemm_case){1001, 24, 40, a, b, add, packed});
+            check_gemm((gemm_case){24, 40, 1001, a, b, add, packed});
+        }
     }
 }
 
@@ -139,6 +145,157 @@ static void test_linear(void **state) {
     if (gpu_small()) return;
     check_linear(3000, 128, 64);
     check_linear(129, 768, 256);
+}
+
+/* --- which kernel a product takes: by its size alone, rounded up where it is that of a batch */
+
+enum { PRODUCT_OUTS = 5 };
+typedef struct product_case {
+    int64_t n, rows, cols;
+    const float *x, *d_y, *weight, *bias, *before; /* of the host, or of the device */
+    bool tf32;
+} product_case;
+
+static void sizes_of(int64_t *items, const product_case *c, int64_t n) {
+    items[0] = items[1] = items[2] = n * c->rows;
+    items[3] = n * c->cols;
+    items[4] = c->rows * c->cols;
+}
+
+static void cpu_products(float *const out[PRODUCT_OUTS], const product_case *c) {
+    static const sida_epilogue ways[] = {SIDA_EPILOGUE_NONE, SIDA_EPILOGUE_RELU, SIDA_EPILOGUE_ADD};
+    const sida_weight weight = {c->weight, SIDA_F32, c->rows, c->cols};
+    int64_t items[PRODUCT_OUTS];
+    sizes_of(items, c, c->n);
+    for (int i = 0; i < PRODUCT_OUTS; i++)
+        memcpy(out[i], c->before, (size_t)items[i] * sizeof(float));
+    for (int i = 0; i < 3; i++)
+        OK(sida_linear_gemm_cpu(NULL, &(sida_linear_call){.y = out[i],
+                                                          .ldy = c->rows,
+                                                          .x = c->x,
+                                                          .ldx = c->cols,
+                                                          .n = c->n,
+                                                          .weight = weight,
+                                                          .bias = c->bias,
+                                                          .scale = 1,
+                                                          .epilogue = ways[i]}));
+    sida_linear_backward_cpu(&(sida_linear_backward_call){
+        .d_x = out[3], .d_weight = out[4], .d_y = c->d_y, .x = c->x, .weight = weight, .n = c->n});
+}
+
+static void cuda_products(sida_stream *on, float *const out[PRODUCT_OUTS], const product_case *c) {
+    static const sida_epilogue ways[] = {SIDA_EPILOGUE_NONE, SIDA_EPILOGUE_RELU, SIDA_EPILOGUE_ADD};
+    const sida_weight weight = {c->weight, SIDA_F32, c->rows, c->cols};
+    int64_t items[PRODUCT_OUTS];
+    sizes_of(items, c, c->n);
+    for (int i = 2; i < PRODUCT_OUTS; i++) /* those that are added to */
+        OK(sida_copy(on, out[i], c->before, (size_t)items[i] * sizeof(float)));
+    for (int i = 0; i < 3; i++)
+        OK(sida_linear_train_cuda(on, out[i], c->x, weight, c->bias, ways[i], c->n, c->tf32));
+    OK(sida_linear_backward_cuda(on,
+                                 &(sida_linear_backward_call){.d_x = out[3],
+                                                              .d_weight = out[4],
+                                                              .d_y = c->d_y,
+                                                              .x = c->x,
+                                                              .weight = weight,
+                                                              .n = c->n},
+                                 c->tf32, NULL));
+    OK(sida_stream_synchronize(on));
+}
+
+/* A device copy that begins `shift` floats behind an aligned address. */
+static float *put_at(const float *data, int64_t count, int64_t shift) {
+    float *to = (float *)room((size_t)(count + shift) * sizeof *to) + shift;
+    OK(sida_copy(stream, to, data, (size_t)count * sizeof *to));
+    OK(sida_stream_synchronize(stream));
+    return to;
+}
+
+/* Sizes of which several share a plan, on a stream and one beside it: what the CPU computes, and
+ * the same bytes again after the other sizes, and on new streams in another order. */
+static void check_plans(int64_t rows, int64_t cols, int64_t shift, bool tf32) {
+    static const int64_t sizes[] = {1, 7, 63, 64, 65, 66, 68, 69, 130, 1000, 1001, 3000, 3001};
+    static const char *const names[] = {"y", "relu", "added", "d x", "d weight"};
+    const int count = gpu_cases(sizeof sizes / sizeof *sizes, 6);
+    const int64_t most = sizes[count - 1], widest = rows > cols ? rows : cols;
+    const int64_t longest = most > widest ? most : widest;
+    const product_case on_host = {.rows = rows,
+                                  .cols = cols,
+                                  .x = normal(most * cols, 1),
+                                  .d_y = normal(most * rows, 1),
+                                  .weight = normal(rows * cols, 1 / sqrtf((float)cols)),
+                                  .bias = normal(rows, 1),
+                                  .before = normal(longest * widest, 1),
+                                  .tf32 = tf32};
+    const product_case on_device = {.rows = rows,
+                                    .cols = cols,
+                                    .x = put_at(on_host.x, most * cols, shift),
+                                    .d_y = put_at(on_host.d_y, most * rows, shift),
+                                    .weight = put_at(on_host.weight, rows * cols, shift),
+                                    .bias = put_at(on_host.bias, rows, shift),
+                                    .before = put_at(on_host.before, longest * widest, shift),
+                                    .tf32 = tf32};
+    int64_t items[PRODUCT_OUTS];
+    float *want[PRODUCT_OUTS], *out[PRODUCT_OUTS], *got = host(longest * widest);
+    float *kept[2][sizeof sizes / sizeof *sizes][PRODUCT_OUTS];
+    sida_stream *streams[2] = {NULL, NULL};
+    sizes_of(items, &on_host, most);
+    for (int i = 0; i < PRODUCT_OUTS; i++) {
+        want[i] = host(items[i]);
+        out[i] = (float *)room((size_t)(items[i] + shift) * sizeof(float)) + shift;
+    }
+    for (int time = 0; time < 3; time++) {
+        if (time != 1) {
+            sida_stream_destroy(streams[1]);
+            sida_stream_destroy(streams[0]);
+            OK(sida_stream_create(backend, &streams[0], SIDA_STREAM_COMPUTE));
+            OK(sida_stream_create(backend, &streams[1], SIDA_STREAM_BESIDE));
+            OK(sida_beside_cuda(streams[1], streams[0]));
+        }
+        for (int j = 0; j < count; j++) {
+            const int at = time == 0 ? j : time == 1 ? count - 1 - j : (j * 5 + 3) % count;
+            product_case host_case = on_host, device_case = on_device;
+            host_case.n = device_case.n = sizes[at];
+            sizes_of(items, &on_host, sizes[at]);
+            if (time == 0) cpu_products(want, &host_case);
+            for (int s = 0; s < 2; s++) {
+                cuda_products(streams[s], out, &device_case);
+                for (int i = 0; i < PRODUCT_OUTS; i++) {
+                    const size_t bytes = (size_t)items[i] * sizeof(float);
+                    char what[120];
+                    get(got, out[i], bytes);
+                    if (time > 0) {
+                        assert_memory_equal(got, kept[s][at][i], bytes);
+                        continue;
+                    }
+                    snprintf(what, sizeof what, "%s of %lld rows, %lld to %lld, tf32 %d, stream %d",
+                             names[i], (long long)sizes[at], (long long)cols, (long long)rows, tf32,
+                             s);
+                    expect_close(what, got, want[i], items[i], tf32 ? coarse : tight);
+                    OK(SIDA_ALLOC(&kept[s][at][i], items[i], "case"));
+                    memcpy(kept[s][at][i], got, bytes);
+                }
+            }
+        }
+    }
+    sida_stream_destroy(streams[1]);
+    sida_stream_destroy(streams[0]);
+    for (int s = 0; s < 2; s++)
+        for (int at = 0; at < count; at++)
+            for (int i = 0; i < PRODUCT_OUTS; i++) free(kept[s][at][i]);
+    end_case();
+}
+
+static void test_plans(void **state) {
+    (void)state;
+    for (int tf32 = 0; tf32 < 2; tf32++) {
+        check_plans(128, 64, 0, tf32);
+        check_plans(30, 21, 0, tf32); /* rows that are not aligned */
+        if (gpu_small()) continue;
+        check_plans(64, 128, 1, tf32); /* nor their beginnings */
+        check_plans(256, 768, 0, tf32);
+        if (!tf32) check_plans(1, 5, 0, tf32);
+    }
 }
 
 /* Two streams at a time, each with its part of the workspace: the bytes of each alone. */
@@ -746,10 +903,15 @@ static void test_adamw(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_gemm),      cmocka_unit_test(test_linear),
-        cmocka_unit_test(test_beside),    cmocka_unit_test(test_column_sum),
-        cmocka_unit_test(test_sparsemax), cmocka_unit_test(test_sparsemax_limits),
-        cmocka_unit_test(test_loss),      cmocka_unit_test(test_loss_extremes),
+        cmocka_unit_test(test_gemm),
+        cmocka_unit_test(test_linear),
+        cmocka_unit_test(test_plans),
+        cmocka_unit_test(test_beside),
+        cmocka_unit_test(test_column_sum),
+        cmocka_unit_test(test_sparsemax),
+        cmocka_unit_test(test_sparsemax_limits),
+        cmocka_unit_test(test_loss),
+        cmocka_unit_test(test_loss_extremes),
         cmocka_unit_test(test_adamw),
     };
     return run_op_tests(tests, sizeof tests / sizeof *tests);
