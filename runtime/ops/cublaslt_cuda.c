@@ -42,7 +42,6 @@ typedef struct plan {
 
 /* A plan depends on its key alone, so it may be forgotten: a full neighbourhood loses one. */
 struct sida_lt_plans {
-    int processors;
     plan plans[PLANS];
 };
 
@@ -146,33 +145,20 @@ static bool describe(const sida_cublas_lt *lt, description *d, const product_key
 
 /* --- the choice */
 
-/* Shares of k are summed up by a kernel of their own, and only where tiles of the result alone
- * leave most of the device idle for long: gradients of weights. */
-static uint32_t reductions_of(const product_key *key, int processors) {
-    const int64_t tile = 128, large = 512;
-    const int64_t tiles =
-        (key->m + tile - 1) / tile * ((key->n + tile - 1) / tile) * (int64_t)key->count;
-    const bool deep = key->k >= large && key->k >= key->m && key->k >= key->n;
-    return deep && 2 * tiles < processors ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
-                                          : CUBLASLT_REDUCTION_SCHEME_NONE;
-}
-
 /* A stride that promises what the key does: matrices of `rows` rows end to end, or odd. */
 static int64_t stride_of(const product_key *key, uint32_t aligned_flag, int64_t rows, int64_t ld) {
     return key->flags & aligned_flag ? rows * ld : (rows * ld) | 1;
 }
 
 static bool prefer(const sida_cublas_lt *lt, cublasLtMatmulPreferenceOpaque_t *preference,
-                   const product_key *key, int processors) {
-    const uint32_t reductions = reductions_of(key, processors), least = sizeof(float);
+                   const product_key *key) {
+    const uint32_t least = sizeof(float);
     const uint32_t of_a = key->flags & A_ALIGNED ? ALIGNED : least;
     const uint32_t of_b = key->flags & B_ALIGNED ? ALIGNED : least;
     const uint32_t of_c = key->flags & C_ALIGNED ? ALIGNED : least;
     return !lt->preference_init(preference, sizeof *preference) &&
            !lt->preference_set(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                &key->workspace_bytes, sizeof key->workspace_bytes) &&
-           !lt->preference_set(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
-                               sizeof reductions) &&
            !lt->preference_set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &of_b,
                                sizeof of_b) &&
            !lt->preference_set(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &of_a,
@@ -184,7 +170,7 @@ static bool prefer(const sida_cublas_lt *lt, cublasLtMatmulPreferenceOpaque_t *p
 }
 
 /* Of the key alone: the bias is an address that is aligned as the key says and never read. */
-static void choose(const sida_lt_place *place, int processors, plan *p) {
+static void choose(const sida_lt_place *place, plan *p) {
     const sida_cublas_lt *lt = place->cublas->lt;
     const product_key *key = &p->key;
     const uintptr_t bias = 256 + (key->flags & BIAS_ALIGNED ? ALIGNED : sizeof(float));
@@ -197,7 +183,7 @@ static void choose(const sida_lt_place *place, int processors, plan *p) {
                   stride_of(key, A_ALIGNED, key->flags & TRANSPOSE_A ? key->k : key->m, key->lda),
                   stride_of(key, B_ALIGNED, key->flags & TRANSPOSE_B ? key->n : key->k, key->ldb),
                   stride_of(key, C_ALIGNED, key->m, key->ldc), (const void *)bias) ||
-        !prefer(lt, &preference, key, processors))
+        !prefer(lt, &preference, key))
         return;
     if (lt->heuristic(place->handle, &d.product, &d.left, &d.right, &d.c, &d.c, &preference, 1,
                       &result, &found) ||
@@ -229,23 +215,12 @@ static const plan *plan_of(const sida_lt_place *place, const product_key *key) {
         if (i + 1 == PROBES) p = &plans->plans[(hash + (hash >> 32) % PROBES) % PLANS];
     }
     p->key = *key;
-    choose(place, plans->processors, p);
+    choose(place, p);
     return p;
 }
 
 static sida_status make_plans(sida_lt_plans **out) {
-    sida_status status = SIDA_OK;
-    sida_lt_plans *plans = NULL;
-    int device;
-    SIDA_TRY(SIDA_ALLOC(&plans, 1, "plans of products"));
-    SIDA_TRY(SIDA_CUDA(cudaGetDevice(&device)));
-    SIDA_TRY(SIDA_CUDA(
-        cudaDeviceGetAttribute(&plans->processors, cudaDevAttrMultiProcessorCount, device)));
-    *out = plans;
-    plans = NULL;
-out:
-    sida_lt_plans_destroy(plans);
-    return status;
+    return SIDA_ALLOC(out, 1, "plans of products");
 }
 
 /* --- a product */

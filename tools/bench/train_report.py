@@ -2,7 +2,7 @@
 
 from gpu_results import times_faster
 from tables import Goals, cell, markdown, print_failures, print_sections
-from train_results import CLASSES
+from train_results import CLASSES, idle
 
 PAPER = "l1-renorm"
 
@@ -95,12 +95,14 @@ def memory_table(r):
 def share_table(r):
     rows = []
     for experts, length in sorted(r.timelines):
-        line, shares = r.timelines[experts, length], r.shares(experts, length)
+        line, shares = r.timeline(experts, length), r.shares(experts, length)
+        idles = [f"{idle(each):.1%}" for each in r.timelines[experts, length]]
         row = [str(experts), str(length), cell(line["window_ms"] / line["steps"], "{:.3f}")]
         row += [cell(shares[name], "{:.1%}") for name in [*CLASSES, "idle"]]
         count = sum(kernel["count"] for kernel in line["kernels"])
-        rows.append([*row, cell(count / line["steps"], "{:.0f}")])
-    return ["E", "tokens", "a step, ms", *CLASSES, "idle", "kernels and copies a step"], rows
+        rows.append([*row, ", ".join(idles), cell(count / line["steps"], "{:.0f}")])
+    head = ["E", "tokens", "a step, ms", *CLASSES, "idle, median", "all", "kernels and copies a step"]
+    return head, rows
 
 
 def trace_table(r):

@@ -32,6 +32,10 @@ def check_end(row, where):
         raise Refused(f"{where}: with_finish_ms is {claim}, the samples take longer")
 
 
+def idle(line):
+    return 1 - line["busy_ms"] / line["window_ms"]
+
+
 def check_timeline(line, where):
     if not 0 < line["busy_ms"] <= line["window_ms"] * (1 + 1e-9):
         raise Refused(f"{where}: busy for {line['busy_ms']} of {line['window_ms']} ms")
@@ -84,7 +88,9 @@ class TrainResults:
                 self.add_steps(job, row, output, where)
         elif job["system"] == "timeline":
             check_timeline(output["timeline"], where)
-            self.timelines[output["experts"], output["length"]] = output["timeline"]
+            lines = self.timelines.setdefault((output["experts"], output["length"]), [])
+            lines.append(output["timeline"])
+            lines.sort(key=idle)
         elif job["status"] == "ok":
             row = output["rows"][0] if "rows" in output else output
             if job["system"] == "hooks":
@@ -138,15 +144,20 @@ class TrainResults:
             return None
         return case.row[ours] / min(peaks)
 
+    def timeline(self, experts, length):
+        """Of several, the one with the median of idle."""
+        lines = self.timelines.get((experts, length))
+        return lines and lines[len(lines) // 2]
+
     def shares(self, experts, length):
         """Shares of the window by class, and idle; classes may run beside each other."""
-        line = self.timelines.get((experts, length))
+        line = self.timeline(experts, length)
         if not line:
             return None
         shares = dict.fromkeys(CLASSES, 0)
         for kernel in line["kernels"]:
             shares[classify(kernel["name"], self.own)] += kernel["ms"] / line["window_ms"]
-        return shares | {"idle": 1 - line["busy_ms"] / line["window_ms"]}
+        return shares | {"idle": idle(line)}
 
     def rate(self, system):
         return self.single.get(system, {}).get("tokens_per_s")
