@@ -28,7 +28,7 @@ sida_train_options sida_train_defaults(void) {
                                 .lstm_layers = 2, /* the paper's */
                                 .blocks = 3,
                                 .warmup = 100,
-                                .lr = 5e-3,
+                                .lr = 1e-2,
                                 .lambda = 0.5,
                                 .weight_decay = 0.01,
                                 .clip = 1,

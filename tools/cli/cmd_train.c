@@ -73,7 +73,7 @@ static const struct argp_option argp_options[] = {
     {"seed", KEY_SEED, "N", 0, "same seed, same bytes (0)", 0},
     {0, 0, 0, 0, "The training of a network", 1},
     {"epochs", KEY_EPOCHS, "N", 0, "passes over the trace (30)", 1},
-    {"lr", KEY_LR, "X", 0, "learning rate (0.005)", 1},
+    {"lr", KEY_LR, "X", 0, "learning rate (0.01)", 1},
     {"batch", KEY_BATCH, "N", 0, "sequences a step (16)", 1},
     {"lambda", KEY_LAMBDA, "X", 0, "weight of the cross-entropy against the router's choice (0.5)",
      1},
