@@ -195,11 +195,11 @@ typedef struct sida_report {
     int64_t refinements, revised_in, revised_out;
     int64_t bytes_moved, bytes_wasted; /* host to device; prefetched for nothing */
     double wait_ms_inference, wait_ms_hash;
-    /* A batch's mean, wall-clock: predicting, on both threads; refinements' part of it, all on the
-     * inference thread; from the queue to the last token. 0 where nothing ran; no predictor: 0 but
-     * for the last. */
+    /* A batch's mean, wall-clock: building hash tables, on both threads; beside that, refining
+     * them, on the inference thread alone; from the queue to the last token. 0 where nothing ran;
+     * no predictor: 0 but for the last. */
     double hash_ms_per_batch, refine_ms_per_batch, inference_ms_per_batch;
-    double hash_share;       /* of the first in the second; NAN: nothing ran */
+    double hash_share, refine_share; /* of the first and the second in the third; NAN: nothing ran */
     double table_wait_share; /* of the inference thread's time since its first batch that it waited
                               * for hash tables; NAN: nothing ran */
     char digest[33];         /* 32 hexadecimal digits, "" unless asked for */

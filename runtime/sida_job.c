@@ -199,6 +199,8 @@ static void fill_hash_report(sida_report *out, const sida_pass_stats *stats) {
     out->refine_ms_per_batch = stats->refine_seconds * 1e3 / batches;
     out->inference_ms_per_batch = stats->batch_seconds * 1e3 / batches;
     out->hash_share = stats->batch_seconds > 0 ? stats->hash_seconds / stats->batch_seconds : NAN;
+    out->refine_share =
+        stats->batch_seconds > 0 ? stats->refine_seconds / stats->batch_seconds : NAN;
     out->table_wait_share = stats->after_first_seconds > 0
                                 ? stats->table_wait_seconds / stats->after_first_seconds
                                 : NAN;

@@ -281,7 +281,7 @@ static void fill_stats(sida_pass *p, double begin) {
     stats->inference_wait_seconds = p->queue_wait_seconds + stats->store.wait_seconds;
     stats->hash_wait_seconds = p->hash_wait_seconds;
     stats->refine_seconds = p->refine_seconds;
-    stats->hash_seconds = p->hash_seconds + p->step_hash_seconds + p->refine_seconds;
+    stats->hash_seconds = p->hash_seconds + p->step_hash_seconds;
     if (stats->batches > 0) {
         stats->table_wait_seconds = p->queue_wait_seconds - p->first_wait_seconds;
         stats->after_first_seconds = begin + stats->seconds - p->first_taken;

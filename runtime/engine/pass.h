@@ -70,9 +70,9 @@ typedef struct sida_pass_stats {
     double seconds;
     double inference_wait_seconds; /* for hash tables and for experts */
     double hash_wait_seconds;      /* for room in the queue */
-    double hash_seconds;           /* in the source, on both threads, and refine_seconds: */
+    double hash_seconds;           /* building hash tables: in the source, on both threads */
     int64_t refinements;           /* layers that have revised the plan of those behind them */
-    double refine_seconds;         /* the inference thread's for refinements and their plans */
+    double refine_seconds;         /* beside it: the inference thread's, for them and their plans */
     double batch_seconds;          /* of all batches, each from the queue to its last token */
     /* The inference thread's, from the first batch on: for hash tables, and all. */
     double table_wait_seconds, after_first_seconds;

@@ -45,7 +45,7 @@ static sida_status tell(sida_pass *p, sida_pass_collector *c, const sida_pass_it
         int32_t count = 0;
         begin_collecting(p, c, it, table->side, layer, offsets);
         for (int32_t r = 0; r < table->k; r++)
-            for (int64_t i = 0; i < table->tokens; i++)
+            for (int64_t i = 0; i < table->tokens && count < experts; i++)
                 collect(c, site, experts,
                         table->experts[(i * table->layers + layer) * table->k + r], &count);
         for (int32_t e = 0; p->options->routing == SIDA_ROUTING_GUIDED && e < experts; e++)

@@ -36,8 +36,7 @@ SIDA_INLINE void attention_softmax(attention_task *task, int row, const float *b
         }
         highs = vec_max(highs, score);
     }
-    float high = highs[0];
-    for (int i = 1; i < LANES; i++) high = highs[i] > high ? highs[i] : high;
+    const float high = vec_largest(highs);
     vec sum = vec_set(0.0f);
     for (j = 0; j < padded; j += LANES) {
         vec p = vec_exp(vec_load(s + j) - vec_set(high));
@@ -86,6 +85,9 @@ static void attention_values_4x4(attention_task *task, int row, int32_t d) {
 static void attention_values_1x4(attention_task *task, int row, int32_t d) {
     attention_values(task, row, 1, LANES == 16 ? 4 : 2, d);
 }
+static void attention_values_4x2(attention_task *task, int row, int32_t d) {
+    attention_values(task, row, 4, 2, d);
+}
 static void attention_values_4x1(attention_task *task, int row, int32_t d) {
     attention_values(task, row, 4, 1, d);
 }
@@ -109,6 +111,8 @@ static void attention_all_values(attention_task *task, int count) {
         int32_t d = 0;
         for (; d + wide <= task->d_kv; d += wide)
             (rows == 4 ? attention_values_4x4 : attention_values_1x4)(task, row, d);
+        for (; rows == 4 && d + 2 * LANES <= task->d_kv; d += 2 * LANES)
+            attention_values_4x2(task, row, d);
         for (; d + LANES <= task->d_kv; d += LANES)
             (rows == 4 ? attention_values_4x1 : attention_values_1x1)(task, row, d);
         if (d < task->d_kv)

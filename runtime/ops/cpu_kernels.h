@@ -30,6 +30,9 @@ enum { SIDA_PRODUCT_STEP = 8 };
 /* Queries in one attention task. */
 enum { SIDA_ATTENTION_QUERIES = 24 };
 
+/* Values that `top` chooses from, at most. */
+enum { SIDA_TOP_COUNT = 2048 };
+
 typedef struct sida_cpu_kernels {
     const char *name; /* "avx512", "avx2", "base" */
     /* Rows [row, row_end) and columns [col, col_end) of y; col a multiple of SIDA_PRODUCT_STEP. */
@@ -47,6 +50,11 @@ typedef struct sida_cpu_kernels {
     /* Σ exp(x[i] - shift). */
     float (*exp_sum)(const float *x, float shift, int64_t count);
     float (*exp_one)(float x);
+    /* The k highest of x [count], best first, ties to the lower index: k of 1 … count, few, as each
+     * costs a pass; count <= SIDA_TOP_COUNT. False where an x is not finite. */
+    bool (*top)(uint16_t *chosen, const float *x, int32_t count, int32_t k);
+    /* The chosen ones' shares in softmax(x); the first is the highest. */
+    void (*shares)(float *share, const uint16_t *chosen, int32_t k, const float *x, int32_t count);
 } sida_cpu_kernels;
 
 extern const sida_cpu_kernels sida_cpu_kernels_base;

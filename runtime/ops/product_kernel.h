@@ -4,8 +4,7 @@
 #ifndef SIDA_RUNTIME_OPS_PRODUCT_KERNEL_H
 #define SIDA_RUNTIME_OPS_PRODUCT_KERNEL_H
 
-#include "runtime/ops/cpu_kernels.h"
-#include "runtime/ops/simd.h"
+#include "runtime/ops/panel_kernel.h"
 
 /* fp32 copies of NR rows of W up to this many columns: 64 KiB of stack, half of L2 at most. */
 enum { PANEL_COLS = 4096, PANEL_ROWS = 4 };
@@ -212,6 +211,7 @@ static void product_many_rows(const sida_product *p, int64_t row, int64_t row_en
     size_t stride = (size_t)p->ldw * sida_dtype_bytes(p->dtype);
     bool convert = p->dtype != SIDA_F32 && p->cols <= PANEL_COLS;
     sida_dtype dtype = convert ? SIDA_F32 : p->dtype;
+    col = panel_product(p, row, row_end, col, col_end);
     while (col < col_end) {
         int wide = col + 4 <= col_end ? 4 : 1;
         const void *w = (const char *)p->w + (size_t)col * stride;

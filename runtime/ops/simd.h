@@ -43,7 +43,7 @@ SIDA_INLINE void vec_store(float *to, vec value) {
     memcpy(to, &value, sizeof value);
 }
 SIDA_INLINE vec vec_set(float value) {
-    return (vec){0} + value;
+    return value - (vec){0}; /* -0 stays -0 */
 }
 
 /* a * b + c, rounded once where the target can. */
@@ -67,6 +67,36 @@ SIDA_INLINE vec vec_max(vec a, vec b) {
 #else
     ivec take = a > b;
     return (vec)((take & (ivec)a) | (~take & (ivec)b));
+#endif
+}
+
+/* The largest lane, none being NaN. */
+SIDA_INLINE float vec_largest(vec a) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)a);
+#else
+    vec4 b;
+#if defined(__AVX2__)
+    b = (vec4)_mm_max_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+#else
+    b = a;
+#endif
+    const float c = b[0] > b[2] ? b[0] : b[2], d = b[1] > b[3] ? b[1] : b[3];
+    return c > d ? c : d;
+#endif
+}
+
+/* Bit l: whether a[l] == b[l]. */
+SIDA_INLINE uint32_t vec_equal(vec a, vec b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+    return (uint32_t)_mm256_movemask_ps((__m256)(a == b));
+#else
+    const ivec equal = a == b;
+    uint32_t bits = 0;
+    for (int l = 0; l < LANES; l++) bits |= (uint32_t)(equal[l] & 1) << l;
+    return bits;
 #endif
 }
 

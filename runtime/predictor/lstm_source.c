@@ -1,5 +1,6 @@
 /* A network, the paper's or ours, as a hash source. */
 #include "formats/base/memory.h"
+#include "runtime/ops/cpu_kernels.h"
 #include "runtime/predictor/net_device.h"
 #include "runtime/predictor/select.h"
 #include "runtime/predictor/sources.h"
@@ -8,6 +9,20 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+/* Tokens that are refined at a time. */
+enum { REFINE_ROWS = 48 };
+
+static int this_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
 
 typedef struct lstm_source {
     sida_hash_source base;
@@ -32,8 +47,9 @@ typedef struct lstm_state {
     sida_net_pass *pass;
     bool encoded; /* by the pass */
     lstm_told told[2];
-    float *scratch; /* of the refinement, either side's */
-    size_t scratch_items;
+    float *scratch; /* of the refinement, either side's: [threads][REFINE_ROWS, …] */
+    uint64_t *keys; /* of the selection: [threads][E] */
+    size_t scratch_items, keys_items;
     sida_net_device_state *placed;
 } lstm_state;
 
@@ -50,6 +66,7 @@ static void lstm_state_destroy(sida_hash_state *state) {
     sida_net_pass_destroy(self->pass);
     for (int side = 0; side < 2; side++) free(self->told[side].sum);
     free(self->scratch);
+    free(self->keys);
     sida_net_device_give(self->placed);
     free(self);
 }
@@ -71,41 +88,26 @@ out:
     return status;
 }
 
-/* Layers from `first` on of a table of n tokens; scores [n, (layers - first) E]. */
-static sida_status read_scores(const lstm_source *self, int side, int32_t first,
-                               const float *scores, int64_t n, int32_t k, sida_hash_table *out) {
-    const sida_net_config *c = &self->net->config;
-    const int32_t layers = c->layers[side], experts = c->experts, rest = layers - first;
-    sida_status status = sida_hash_table_reserve(out, side, layers, k, n);
-    if (status != SIDA_OK) return status;
-    bool good = true, enough = true;
-#pragma omp parallel if (n * rest * experts > 1 << 14)
-    {
-        uint64_t *keys = malloc((size_t)experts * sizeof *keys);
-        bool fine = true;
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; i++)
-            for (int32_t l = 0; keys && l < rest; l++)
-                fine &= sida_select_logits(out, i, first + l, scores + (i * rest + l) * experts,
-                                           experts, keys);
-        if (!keys || !fine) {
-#pragma omp critical
-            {
-                enough &= keys != NULL;
-                good &= fine;
-            }
-        }
-        free(keys);
-    }
-    if (!enough) return sida_fail(SIDA_ERROR_MEMORY, "no memory for %d scores", experts);
-    return good ? SIDA_OK : sida_select_not_finite();
-}
-
 /* The table of the pass's last call on a side. */
-static sida_status read_table(const lstm_source *self, const sida_net_pass *pass, int side,
-                              int32_t k, sida_hash_table *out) {
-    const sida_net_activations *a = &pass->sides[side];
-    return read_scores(self, side, 0, a->logits, a->tokens, k, out);
+static sida_status read_table(const lstm_source *self, lstm_state *own, int side, int32_t k,
+                              sida_hash_table *out) {
+    const sida_net_activations *a = &own->pass->sides[side];
+    const int32_t layers = self->net->config.layers[side], experts = self->net->config.experts;
+    const int64_t n = a->tokens;
+    const int threads = n * layers * experts > 1 << 16 ? sida_ops_threads() : 1;
+    sida_status status = SIDA_OK;
+    bool good = true;
+    SIDA_TRY(sida_hash_table_reserve(out, side, layers, k, n));
+    SIDA_TRY(SIDA_GROW(&own->keys, &own->keys_items, threads * experts, "a predictor's scores"));
+#pragma omp parallel for schedule(static) reduction(&& : good) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < n; i++)
+        for (int32_t l = 0; l < layers; l++)
+            good = sida_select_logits(out, i, l, a->logits + (i * layers + l) * experts, experts,
+                                      own->keys + (int64_t)this_thread() * experts) &&
+                   good;
+    if (!good) status = sida_select_not_finite();
+out:
+    return status;
 }
 
 static void forget(lstm_told *told, bool called) {
@@ -121,7 +123,7 @@ static sida_status lstm_encode(const sida_hash_source *source, sida_hash_state *
     own->encoded = false;
     for (int side = 0; side < 2; side++) forget(&own->told[side], false);
     sida_status status = sida_net_encode(own->pass, self->embedding, input);
-    if (status == SIDA_OK) status = read_table(self, own->pass, 0, k, out);
+    if (status == SIDA_OK) status = read_table(self, own, 0, k, out);
     own->encoded = own->told[0].called = status == SIDA_OK;
     return status;
 }
@@ -137,7 +139,7 @@ static sida_status lstm_decode(const sida_hash_source *source, sida_hash_state *
         return sida_hash_table_reserve(out, 1, 0, k, sida_ragged_tokens(step));
     forget(&own->told[1], false);
     sida_status status = sida_net_decode(own->pass, self->embedding, step);
-    if (status == SIDA_OK) status = read_table(self, own->pass, 1, k, out);
+    if (status == SIDA_OK) status = read_table(self, own, 1, k, out);
     own->told[1].called = status == SIDA_OK;
     return status;
 }
@@ -157,6 +159,31 @@ static sida_status check_told(const lstm_source *self, const lstm_state *own, in
     return SIDA_OK;
 }
 
+/* A refinement of tokens [i, i + n), n <= REFINE_ROWS; scratch [REFINE_ROWS, R + scores']. */
+static bool refine_rows(const lstm_source *self, const lstm_state *own, int side, int32_t layer,
+                        const int32_t *experts, int32_t top_k, int64_t i, int64_t n, float *scratch,
+                        uint64_t *keys, sida_hash_table *out) {
+    const sida_net_config *c = &self->net->config;
+    const sida_net_activations *a = &own->pass->sides[side];
+    const int32_t rest = c->layers[side] - 1 - layer;
+    const int64_t width = self->refine->width, all = (int64_t)c->layers[side] * c->experts;
+    float *sum = own->told[side].sum + i * width, *scores = scratch + REFINE_ROWS * width;
+    bool good = true;
+    /* Products on the host do not fail. */
+    if (layer == 0)
+        good = sida_refine_begin(self->refine, side, sum, a->mixed + i * c->hidden, n) == SIDA_OK;
+    sida_refine_know(self->refine, side, layer, sum, experts + i * top_k, top_k, n);
+    good &= sida_refine_scores(self->refine, side, layer, scores, scratch, sum, a->logits + i * all,
+                               n) == SIDA_OK;
+    for (int64_t r = 0; r < n; r++)
+        for (int32_t l = 0; l < rest; l++)
+            good &= sida_select_logits(out, i + r, layer + 1 + l,
+                                       scores + (r * rest + l) * c->experts, c->experts, keys);
+    return good;
+}
+
+/* Some tokens at a time through all of it: between its steps nothing leaves a core's caches, and
+ * threads meet once. */
 static sida_status lstm_refine(const sida_hash_source *source, sida_hash_state *state, int side,
                                int32_t layer, const int32_t *experts, int32_t top_k, int32_t k,
                                sida_hash_table *out) {
@@ -165,21 +192,30 @@ static sida_status lstm_refine(const sida_hash_source *source, sida_hash_state *
     lstm_state *own = (lstm_state *)state;
     lstm_told *told = &own->told[side];
     const sida_net_config *c = &self->net->config;
+    bool good = true;
     if (own->placed)
         return sida_net_device_refine_table(own->placed, side, layer, experts, top_k, k, out);
-    const sida_net_activations *a = &own->pass->sides[side];
-    const size_t n = (size_t)a->tokens, width = (size_t)self->refine->width;
-    const size_t rest = (size_t)(c->layers[side] - 1 - layer) * (size_t)c->experts;
+    const int64_t n = own->pass->sides[side].tokens, width = self->refine->width;
+    const int64_t scores = (int64_t)(c->layers[side] - 1 - layer) * c->experts;
+    const int64_t work = n * width * (scores + top_k + (layer == 0 ? c->hidden : 0));
+    const int threads = work < SIDA_PARALLEL_WORK ? 1 : sida_ops_threads();
+    const int64_t room = REFINE_ROWS * (width + scores);
     SIDA_TRY(check_told(self, own, side, layer, experts, top_k));
     SIDA_TRY(SIDA_GROW(&told->sum, &told->sum_items, n * width, "a refinement"));
-    SIDA_TRY(SIDA_GROW(&own->scratch, &own->scratch_items, n * (width + rest), "a refinement"));
-    float *z = own->scratch, *scores = z + n * width;
-    if (layer == 0) SIDA_TRY(sida_refine_begin(self->refine, side, told->sum, a->mixed, a->tokens));
-    sida_refine_know(self->refine, side, layer, told->sum, experts, top_k, a->tokens);
+    SIDA_TRY(SIDA_GROW(&own->scratch, &own->scratch_items, threads * room, "a refinement"));
+    SIDA_TRY(SIDA_GROW(&own->keys, &own->keys_items, threads * c->experts, "a refinement"));
+    SIDA_TRY(sida_hash_table_reserve(out, side, c->layers[side], k, n));
     told->layers = layer + 1;
-    SIDA_TRY(
-        sida_refine_scores(self->refine, side, layer, scores, z, told->sum, a->logits, a->tokens));
-    SIDA_TRY(read_scores(self, side, layer + 1, scores, a->tokens, k, out));
+#pragma omp parallel for schedule(dynamic) reduction(&& : good) num_threads(threads)               \
+    if (threads > 1)
+    for (int64_t i = 0; i < n; i += REFINE_ROWS) {
+        const int64_t count = n - i < REFINE_ROWS ? n - i : REFINE_ROWS;
+        good = refine_rows(self, own, side, layer, experts, top_k, i, count,
+                           own->scratch + this_thread() * room,
+                           own->keys + (int64_t)this_thread() * c->experts, out) &&
+               good;
+    }
+    if (!good) status = sida_select_not_finite();
 out:
     return status;
 }

@@ -147,7 +147,8 @@ sida_status sida_net_read(sida_net **out, sida_h5_file *file, const sida_net_con
 
 /* --- the forward pass */
 
-/* What the last call left of one side; n tokens. What is of an LSTM alone: layer l of it reads
+/* What the last call left of one side; n tokens. A Transformer's inference leaves mixed and logits
+ * alone. What is of an LSTM alone: layer l of it reads
  * input(l): compressed, or the layer below. Gates and cells are by direction: [directions, n, 4 U]
  * and [directions, n, U].
  */

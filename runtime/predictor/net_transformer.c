@@ -2,8 +2,8 @@
 #include "runtime/predictor/net_transformer.h"
 
 #include "formats/base/memory.h"
+#include "runtime/ops/cpu_kernels.h"
 #include "runtime/ops/embedding.h"
-#include "runtime/ops/gemm.h"
 #include "runtime/ops/norm.h"
 #include "runtime/predictor/net_private.h"
 
@@ -24,6 +24,33 @@ static float *cut(cutter *from, int64_t count) {
     return block;
 }
 
+static int64_t most(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+/* Inference: what `rows` tokens have at a time, of all blocks; and what all n leave. One piece
+ * serves what is never needed at once: the embeddings and their norm; queries, keys and values;
+ * what is between up and down. */
+static void cut_inference(cutter *from, const sida_net *net, sida_net_activations *a, int side,
+                          int64_t n, int64_t rows) {
+    const sida_net_config *c = &net->config;
+    struct sida_net_transformer_side *t = a->transformer;
+    const int64_t h = c->hidden;
+    float *wide = cut(from, rows * most(2 * c->d_model, most(3, SIDA_NET_UP) * h));
+    float *mixed = cut(from, rows * h), *x = cut(from, rows * h), *normed = cut(from, rows * h);
+    a->mixed = cut(from, n * h);
+    a->logits = cut(from, n * net->trunks[side].heads.rows);
+    if (!wide) return;
+    const sida_net_attend_pass attend = {
+        .x = x, .normed = normed, .query = wide, .key_value = wide + rows * h, .mixed = mixed};
+    a->embedded = wide;
+    t->normed_in = wide + rows * c->d_model;
+    t->memory = normed;
+    t->last = x;
+    for (int b = 0; b < c->blocks; b++)
+        t->blocks[b] = (sida_net_block_pass){attend, attend, .x = x, .normed = normed, .up = wide};
+}
+
 static void cut_attend(cutter *from, sida_net_attend_pass *a, int64_t n, int64_t h, bool self) {
     a->normed = cut(from, n * h);
     a->query = cut(from, n * h);
@@ -31,9 +58,9 @@ static void cut_attend(cutter *from, sida_net_attend_pass *a, int64_t n, int64_t
     a->mixed = cut(from, n * h);
 }
 
-/* All of a side's activations of n tokens. */
-static void cut_side(cutter *from, const sida_net *net, sida_net_activations *a, int side,
-                     int64_t n, bool training) {
+/* Training: all of a side's activations of n tokens. */
+static void cut_training(cutter *from, const sida_net *net, sida_net_activations *a, int side,
+                         int64_t n) {
     const sida_net_config *c = &net->config;
     struct sida_net_transformer_side *t = a->transformer;
     const int64_t h = c->hidden;
@@ -42,37 +69,65 @@ static void cut_side(cutter *from, const sida_net *net, sida_net_activations *a,
     t->normed_in = cut(from, n * c->d_model);
     for (int b = 0; b < c->blocks; b++) {
         sida_net_block_pass *block = &t->blocks[b];
-        if (b > 0 && !training) {
-            *block = t->blocks[0];
-            continue;
-        }
         cut_attend(from, &block->self, n, h, true);
         if (cross) cut_attend(from, &block->cross, n, h, false);
         block->normed = cut(from, n * h);
         block->up = cut(from, n * SIDA_NET_UP * h);
-        /* Training keeps the residual stream before each layer. */
-        block->self.x = block->cross.x = block->x = cut(from, n * h);
-        if (training && cross) block->cross.x = cut(from, n * h);
-        if (training) block->x = cut(from, n * h);
+        /* The residual stream before each layer. */
+        block->self.x = cut(from, n * h);
+        if (cross) block->cross.x = cut(from, n * h);
+        block->x = cut(from, n * h);
     }
-    t->last = training ? cut(from, n * h) : t->blocks[0].x;
+    t->last = cut(from, n * h);
     a->mixed = cut(from, n * h);
     a->logits = cut(from, n * net->trunks[side].heads.rows);
 }
 
-static sida_status lay_out(sida_net_pass *pass, int side, int64_t n) {
+static void cut_side(cutter *from, sida_net_pass *pass, int side, int64_t n, int64_t rows) {
+    if (pass->training)
+        cut_training(from, pass->net, &pass->sides[side], side, n);
+    else
+        cut_inference(from, pass->net, &pass->sides[side], side, n, rows);
+}
+
+/* rows: of the sequences that are run at a time, at most. */
+static sida_status lay_out(sida_net_pass *pass, int side, int64_t n, int64_t rows) {
     sida_net_activations *a = &pass->sides[side];
     cutter from = {0};
-    cut_side(&from, pass->net, a, side, 1, pass->training);
+    cut_side(&from, pass, side, 1, 1);
     size_t items;
     if (sida_mul_overflow((size_t)n, (size_t)from.used, &items))
         return sida_fail(SIDA_ERROR_MEMORY, "%" PRId64 " tokens are too many for one batch", n);
-    sida_status status = sida_net_pass_reserve(a, SIDA_NET_STORE_FLOATS, items, sizeof(float));
+    from.used = 0;
+    cut_side(&from, pass, side, n, rows);
+    sida_status status =
+        sida_net_pass_reserve(a, SIDA_NET_STORE_FLOATS, (size_t)from.used, sizeof(float));
     if (status != SIDA_OK) return status;
     from = (cutter){a->storage[SIDA_NET_STORE_FLOATS], 0};
-    cut_side(&from, pass->net, a, side, n, pass->training);
+    cut_side(&from, pass, side, n, rows);
     a->tokens = n;
     return SIDA_OK;
+}
+
+/* Some sequences' tokens on their way through the network: sequences [first, end), tokens
+ * [token, token + n). */
+typedef struct span {
+    int32_t first, end;
+    int64_t token, n;
+} span;
+
+/* Tokens of the sequences that one thread runs at a time: their activations stay in its caches, and
+ * are worth turning the weights about for. */
+enum { SPAN_TOKENS = 256 };
+
+/* The sequences from `first` on that are run next: all, or as many as have SPAN_TOKENS, at least
+ * one. */
+static span span_from(const sida_net_pass *pass, const int64_t *offsets, int32_t first) {
+    const bool all = pass->training || sida_ops_threads() > 1;
+    int32_t end = first + 1;
+    while (end < pass->sequences && (all || offsets[end + 1] - offsets[first] <= SPAN_TOKENS))
+        end++;
+    return (span){first, end, offsets[first], offsets[end] - offsets[first]};
 }
 
 static sida_status norm(float *out, const float *x, const sida_net_linear *layer, int64_t n) {
@@ -102,40 +157,53 @@ static sida_status run_query(const sida_net_pass *pass, float *query, const floa
                                                      .scale = scale});
 }
 
-/* Keys and values of cross-attention, for all that the decoder will read of this batch. */
-static sida_status prepare_memory(sida_net_pass *pass) {
-    sida_status status = SIDA_OK;
+/* Room for the keys and values of cross-attention, for all that the decoder will read of this
+ * batch. */
+static sida_status lay_out_memory(sida_net_pass *pass, int64_t n) {
     sida_net_activations *a = &pass->sides[0];
-    const sida_net_trunk *decoder = &pass->net->trunks[1];
-    const int64_t n = a->tokens, h = pass->net->config.hidden;
-    const int32_t blocks = pass->net->config.blocks;
+    const int64_t h = pass->net->config.hidden, kept = pass->training ? h : 0;
     size_t items;
-    if (sida_mul_overflow((size_t)n, (size_t)((1 + 2 * blocks) * h), &items))
-        SIDA_FAIL(SIDA_ERROR_MEMORY, "%" PRId64 " tokens are too many for one batch", n);
-    SIDA_TRY(sida_net_pass_reserve(a, SIDA_NET_STORE_KEPT, items, sizeof(float)));
-    float *memory = a->transformer->memory = a->storage[SIDA_NET_STORE_KEPT];
-    SIDA_TRY(norm(memory, a->transformer->last, &decoder->norm_memory, n));
-    for (int b = 0; b < blocks; b++)
-        SIDA_TRY(sida_net_pass_apply(pass, memory + (1 + 2 * b) * n * h, memory, n,
-                                     &decoder->blocks[b].cross.key_value, SIDA_EPILOGUE_NONE));
+    if (sida_mul_overflow((size_t)n, (size_t)(kept + 2 * pass->net->config.blocks * h), &items))
+        return sida_fail(SIDA_ERROR_MEMORY, "%" PRId64 " tokens are too many for one batch", n);
+    sida_status status = sida_net_pass_reserve(a, SIDA_NET_STORE_KEPT, items, sizeof(float));
+    if (status != SIDA_OK) return status;
+    float *pairs = a->storage[SIDA_NET_STORE_KEPT];
+    if (pass->training) a->transformer->memory = pairs;
+    a->transformer->memory_pairs = pairs + kept * n;
+    return SIDA_OK;
+}
+
+static sida_status prepare_memory(sida_net_pass *pass, const span *of) {
+    sida_status status = SIDA_OK;
+    struct sida_net_transformer_side *t = pass->sides[0].transformer;
+    const sida_net_trunk *decoder = &pass->net->trunks[1];
+    const int64_t n = pass->sides[0].tokens, h = pass->net->config.hidden;
+    SIDA_TRY(norm(t->memory, t->last, &decoder->norm_memory, of->n));
+    for (int b = 0; b < pass->net->config.blocks; b++)
+        SIDA_TRY(sida_net_pass_apply(pass, t->memory_pairs + (b * n + of->token) * 2 * h, t->memory,
+                                     of->n, &decoder->blocks[b].cross.key_value,
+                                     SIDA_EPILOGUE_NONE));
 out:
     return status;
 }
 
-/* What the attentions of a side's blocks have in common: which rows see which. */
+/* What the attentions of a side's blocks have in common: which rows see which. Queries, and keys
+ * that are the call's own, lie where their span's do. */
 static sida_status fill_indices(sida_net_pass *pass, int side) {
     sida_net_activations *a = &pass->sides[side];
     const sida_net_activations *encoder = &pass->sides[0];
     const bool cross = side == 1 && pass->net->trunks[0].present;
     const int32_t n = pass->sequences;
-    int64_t *start = a->offsets + n + 1, *cross_start = start + 2 * (int64_t)n;
+    int64_t *start = a->offsets + n + 1, *queries = start + n, *cross_start = queries + n;
     int32_t *counts = a->storage[SIDA_NET_STORE_INTS], *positions = counts + n;
     int32_t *keys = counts + 2 * (int64_t)n, *cross_keys = counts + 3 * (int64_t)n;
+    span of = {0};
     for (int32_t s = 0; s < n; s++) {
+        if (s == of.end) of = span_from(pass, a->offsets, s);
         const int64_t length = a->offsets[s + 1] - a->offsets[s];
         if (length > INT32_MAX / 2) return sida_fail(SIDA_ERROR_MEMORY, "a sequence is too long");
         counts[s] = keys[s] = (int32_t)length;
-        start[s] = a->offsets[s];
+        queries[s] = start[s] = a->offsets[s] - of.token;
         if (side == 0) continue;
         assert(!pass->training || pass->counts[s] == 0);
         positions[s] = pass->counts[s];
@@ -150,11 +218,13 @@ static sida_status fill_indices(sida_net_pass *pass, int side) {
 }
 
 /* which: 0 self-attention, 1 cross-attention. */
-static void fill_call(const sida_net_pass *pass, int side, int which, sida_net_attend_pass *to,
-                      const float *positions) {
+static void fill_call(const sida_net_pass *pass, int side, int which, const span *of,
+                      sida_net_attend_pass *to, const float *positions) {
     const sida_net_activations *a = &pass->sides[side];
     const int32_t s = pass->sequences, h = pass->net->config.hidden;
-    const int32_t heads = h / SIDA_NET_HEAD_WIDTH, *ints = a->storage[SIDA_NET_STORE_INTS];
+    const int32_t heads = h / SIDA_NET_HEAD_WIDTH;
+    const int32_t *ints = (const int32_t *)a->storage[SIDA_NET_STORE_INTS] + of->first;
+    const int64_t *longs = a->offsets + s + 1 + of->first;
     to->call = (sida_attention_call){
         .out = to->mixed,
         .out_type = SIDA_F32,
@@ -165,12 +235,12 @@ static void fill_call(const sida_net_pass *pass, int side, int which, sida_net_a
         .ldq = h,
         .ldk = 2 * (int64_t)h,
         .ldv = 2 * (int64_t)h,
-        .sequences = s,
+        .sequences = of->end - of->first,
         .heads = heads,
         .d_kv = SIDA_NET_HEAD_WIDTH,
-        .rows = a->tokens,
-        .q_start = a->offsets,
-        .k_start = a->offsets + s + 1 + (int64_t)which * 2 * s,
+        .rows = of->n,
+        .q_start = longs + s,
+        .k_start = longs + (int64_t)which * 2 * s,
         .q_count = ints,
         .q_position = ints + s,
         .k_count = ints + (2 + which) * (int64_t)s,
@@ -194,7 +264,7 @@ static sida_status use_state(const sida_net_pass *pass, int block, sida_net_atte
                                      .v = call->v,
                                      .width = h,
                                      .ld = 2 * h,
-                                     .sequences = pass->sequences,
+                                     .sequences = call->sequences,
                                      .rows = call->rows,
                                      .q_start = call->q_start,
                                      .start = call->k_start,
@@ -206,19 +276,19 @@ static sida_status use_state(const sida_net_pass *pass, int block, sida_net_atte
     return sida_append_cpu(NULL, &append);
 }
 
-static sida_status run_block(sida_net_pass *pass, int side, int b, float *next) {
+static sida_status run_block(sida_net_pass *pass, int side, int b, const span *of, float *next) {
     sida_status status = SIDA_OK;
     sida_net_activations *a = &pass->sides[side];
     const sida_net_block *layers = &pass->net->trunks[side].blocks[b];
     sida_net_block_pass *to = &a->transformer->blocks[b];
-    const int64_t n = a->tokens, h = pass->net->config.hidden;
+    const int64_t n = of->n, h = pass->net->config.hidden;
     const bool cross = layers->cross.query.weight != NULL;
 
     SIDA_TRY(norm(to->self.normed, to->self.x, &layers->self.norm, n));
     SIDA_TRY(run_query(pass, to->self.query, to->self.normed, &layers->self.query, n));
     SIDA_TRY(sida_net_pass_apply(pass, to->self.key_value, to->self.normed, n,
                                  &layers->self.key_value, SIDA_EPILOGUE_NONE));
-    fill_call(pass, side, 0, &to->self, layers->self.positions);
+    fill_call(pass, side, 0, of, &to->self, layers->self.positions);
     if (side == 1 && !pass->training) SIDA_TRY(use_state(pass, b, &to->self));
     SIDA_TRY(sida_attention_cpu(NULL, &to->self.call));
     float *x = cross ? to->cross.x : to->x;
@@ -227,10 +297,10 @@ static sida_status run_block(sida_net_pass *pass, int side, int b, float *next) 
         sida_net_pass_apply(pass, x, to->self.mixed, n, &layers->self.output, SIDA_EPILOGUE_ADD));
     if (cross) {
         const sida_net_activations *encoder = &pass->sides[0];
-        to->cross.key_value = encoder->transformer->memory + (1 + 2 * b) * encoder->tokens * h;
+        to->cross.key_value = encoder->transformer->memory_pairs + 2 * b * encoder->tokens * h;
         SIDA_TRY(norm(to->cross.normed, x, &layers->cross.norm, n));
         SIDA_TRY(run_query(pass, to->cross.query, to->cross.normed, &layers->cross.query, n));
-        fill_call(pass, side, 1, &to->cross, NULL);
+        fill_call(pass, side, 1, of, &to->cross, NULL);
         SIDA_TRY(sida_attention_cpu(NULL, &to->cross.call));
         carry_on(to->x, x, n * h);
         SIDA_TRY(sida_net_pass_apply(pass, to->x, to->cross.mixed, n, &layers->cross.output,
@@ -244,29 +314,51 @@ out:
     return status;
 }
 
-sida_status sida_net_transformer_run(sida_net_pass *pass, int side, sida_weight embedding,
-                                     const sida_ragged *input) {
+/* The whole network over some sequences; ids: of all of the call. */
+static sida_status run_span(sida_net_pass *pass, int side, sida_weight embedding,
+                            const int32_t *ids, const span *of) {
     sida_status status = SIDA_OK;
     const sida_net_config *c = &pass->net->config;
     const sida_net_trunk *trunk = &pass->net->trunks[side];
     sida_net_activations *a = &pass->sides[side];
     struct sida_net_transformer_side *t = a->transformer;
-    const int64_t n = sida_ragged_tokens(input);
-    assert(embedding.cols == c->d_model);
-    SIDA_TRY(sida_net_check_ids(embedding, input));
-    SIDA_TRY(sida_net_pass_lay_out_integers(pass, side));
-    SIDA_TRY(lay_out(pass, side, n));
-    memcpy(a->offsets, input->offsets, ((size_t)pass->sequences + 1) * sizeof *a->offsets);
-    SIDA_TRY(fill_indices(pass, side));
-    SIDA_TRY(sida_embedding_cpu(NULL, a->embedded, embedding, input->ids, n));
-    SIDA_TRY(norm(t->normed_in, a->embedded, &trunk->norm_in, n));
-    SIDA_TRY(sida_net_pass_apply(pass, t->blocks[0].self.x, t->normed_in, n, &trunk->compress,
+    float *mixed = a->mixed + of->token * c->hidden;
+    SIDA_TRY(sida_embedding_cpu(NULL, a->embedded, embedding, ids + of->token, of->n));
+    SIDA_TRY(norm(t->normed_in, a->embedded, &trunk->norm_in, of->n));
+    SIDA_TRY(sida_net_pass_apply(pass, t->blocks[0].self.x, t->normed_in, of->n, &trunk->compress,
                                  SIDA_EPILOGUE_NONE));
     for (int b = 0; b < c->blocks; b++)
-        SIDA_TRY(run_block(pass, side, b, b + 1 < c->blocks ? t->blocks[b + 1].self.x : t->last));
-    SIDA_TRY(norm(a->mixed, t->last, &trunk->norm_out, n));
-    SIDA_TRY(sida_net_pass_apply(pass, a->logits, a->mixed, n, &trunk->heads, SIDA_EPILOGUE_NONE));
-    if (side == 0 && pass->net->trunks[1].present) SIDA_TRY(prepare_memory(pass));
+        SIDA_TRY(
+            run_block(pass, side, b, of, b + 1 < c->blocks ? t->blocks[b + 1].self.x : t->last));
+    SIDA_TRY(norm(mixed, t->last, &trunk->norm_out, of->n));
+    SIDA_TRY(sida_net_pass_apply(pass, a->logits + of->token * trunk->heads.rows, mixed, of->n,
+                                 &trunk->heads, SIDA_EPILOGUE_NONE));
+    if (side == 0 && pass->net->trunks[1].present) SIDA_TRY(prepare_memory(pass, of));
+out:
+    return status;
+}
+
+sida_status sida_net_transformer_run(sida_net_pass *pass, int side, sida_weight embedding,
+                                     const sida_ragged *input) {
+    sida_status status = SIDA_OK;
+    sida_net_activations *a = &pass->sides[side];
+    const int64_t n = sida_ragged_tokens(input);
+    int64_t rows = 0;
+    assert(embedding.cols == pass->net->config.d_model);
+    SIDA_TRY(sida_net_check_ids(embedding, input));
+    SIDA_TRY(sida_net_pass_lay_out_integers(pass, side));
+    memcpy(a->offsets, input->offsets, ((size_t)pass->sequences + 1) * sizeof *a->offsets);
+    for (span of = {0}; of.end < pass->sequences;) {
+        of = span_from(pass, a->offsets, of.end);
+        rows = most(rows, of.n);
+    }
+    SIDA_TRY(lay_out(pass, side, n, rows));
+    if (side == 0 && pass->net->trunks[1].present) SIDA_TRY(lay_out_memory(pass, n));
+    SIDA_TRY(fill_indices(pass, side));
+    for (span of = {0}; of.end < pass->sequences;) {
+        of = span_from(pass, a->offsets, of.end);
+        SIDA_TRY(run_span(pass, side, embedding, input->ids, &of));
+    }
 out:
     return status;
 }

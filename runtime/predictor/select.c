@@ -1,5 +1,7 @@
 #include "runtime/predictor/select.h"
 
+#include "runtime/ops/cpu_kernels.h"
+
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,30 +20,16 @@ static int compare_keys(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The k first keys, in order, at the front of keys. */
-static void sort_first(uint64_t *keys, int32_t count, int32_t k) {
-    enum { few = 12 };
-    if (k > few) {
-        qsort(keys, (size_t)count, sizeof *keys, compare_keys);
-        return;
-    }
-    for (int32_t i = 1; i < count; i++) {
-        uint64_t key = keys[i];
-        int32_t kept = i < k ? i : k, j = kept;
-        if (i >= k && key > keys[k - 1]) continue;
-        if (i >= k) j = k - 1;
-        for (; j > 0 && keys[j - 1] > key; j--) keys[j] = keys[j - 1];
-        keys[j] = key;
-    }
-}
-
 static bool select_top(uint16_t *chosen, const float *scores, int32_t experts, int32_t k,
                        uint64_t *keys) {
+    enum { few = 32 };
+    if (k <= few && experts <= SIDA_TOP_COUNT)
+        return sida_cpu_kernels_get()->top(chosen, scores, experts, k);
     for (int32_t e = 0; e < experts; e++) {
         if (!isfinite(scores[e])) return false;
         keys[e] = make_key(scores[e], e);
     }
-    sort_first(keys, experts, k);
+    qsort(keys, (size_t)experts, sizeof *keys, compare_keys);
     for (int32_t i = 0; i < k; i++) chosen[i] = (uint16_t)keys[i];
     return true;
 }
@@ -51,9 +39,7 @@ bool sida_select_logits(sida_hash_table *out, int64_t row, int32_t layer, const 
     int64_t at = (row * out->layers + layer) * out->k;
     uint16_t *chosen = out->experts + at;
     if (!select_top(chosen, scores, experts, out->k, scratch)) return false;
-    float top = scores[chosen[0]], sum = 0;
-    for (int32_t e = 0; e < experts; e++) sum += expf(scores[e] - top);
-    for (int32_t i = 0; i < out->k; i++) out->alpha[at + i] = expf(scores[chosen[i]] - top) / sum;
+    sida_cpu_kernels_get()->shares(out->alpha + at, chosen, out->k, scores, experts);
     return true;
 }
 

@@ -61,8 +61,8 @@ typedef struct shape {
 } shape;
 /* Multiples of every block, remainders on either side, less than one vector, large enough for
  * threads (by columns, by rows), wider than the fp32 panel. */
-static const shape shapes[] = {{8, 16},  {1, 1},     {7, 5},     {13, 37},
-                               {96, 96}, {131, 200}, {515, 256}, {20, 4100}};
+static const shape shapes[] = {{8, 16},    {1, 1},     {7, 5},   {13, 37}, {96, 96},  {131, 200},
+                               {515, 256}, {20, 4100}, {37, 32}, {96, 64}, {33, 128}, {40, 272}};
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
 static void linear(float *y, const float *x, int64_t n, sida_weight weight, const float *bias,

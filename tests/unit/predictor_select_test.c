@@ -2,9 +2,11 @@
 #include "tests/test.h"
 
 #include "formats/base/rng.h"
+#include "runtime/ops/cpu_kernels.h"
 #include "runtime/ops/sparsemax.h"
 #include "runtime/predictor/select.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -101,9 +103,71 @@ static void select_ties(void **state) {
     sida_hash_table_free(&table);
 }
 
+enum { MOST = 2100 };
+
+/* The naive choice: whoever comes before has a higher score, or the same and a lower id. */
+static void check_selected(const sida_hash_table *table, const float *scores, int32_t experts) {
+    double sum = 0;
+    float top = scores[0];
+    for (int32_t e = 1; e < experts; e++) top = scores[e] > top ? scores[e] : top;
+    for (int32_t e = 0; e < experts; e++) sum += exp((double)scores[e] - (double)top);
+    for (int32_t e = 0; e < experts; e++) {
+        int32_t before = 0;
+        for (int32_t i = 0; i < experts; i++)
+            before += scores[i] > scores[e] || (scores[i] == scores[e] && i < e);
+        if (before >= table->k) continue;
+        assert_int_equal(table->experts[before], e);
+        double share = exp((double)scores[e] - (double)top) / sum;
+        assert_true(fabs((double)table->alpha[before] - share) < 1e-5 * share + 1e-12);
+    }
+}
+
+/* Every number of experts around the widths of all vectors, each with few chosen, about as many as
+ * are chosen another way, and all; scores with and without ties. */
+static void select_naive(void **state) {
+    (void)state;
+    static const int32_t wide[] = {511, 512, 2047, 2048, 2049, MOST};
+    static const int32_t ks[] = {1, 2, 3, 5, 8, 31, 32, 33};
+    static float scores[MOST];
+    static uint64_t scratch[MOST];
+    sida_hash_table table = {0};
+    sida_rng rng = sida_rng_seed(11);
+    for (int set = 0; sida_cpu_kernels_at(set); set++) {
+        sida_cpu_kernels_force(sida_cpu_kernels_at(set));
+        for (int32_t at = 1; at <= 257 + (int32_t)(sizeof wide / sizeof *wide); at++) {
+            const int32_t experts = at <= 257 ? at : wide[at - 258];
+            for (size_t i = 0; i <= sizeof ks / sizeof *ks; i++) {
+                const int32_t k = i == sizeof ks / sizeof *ks ? experts : ks[i];
+                if (k > experts) continue;
+                for (int32_t e = 0; e < experts; e++) {
+                    scores[e] = sida_rng_normal(&rng) * 3;
+                    if (i % 2) scores[e] = truncf(scores[e]); /* 0 and -0 are among them */
+                }
+                assert_int_equal(sida_hash_table_reserve(&table, 0, 1, k, 1), SIDA_OK);
+                assert_true(sida_select_logits(&table, 0, 0, scores, experts, scratch));
+                check_selected(&table, scores, experts);
+            }
+            /* Wherever the odd one stands. */
+            static const float odd[] = {NAN, INFINITY, -INFINITY};
+            const int32_t where = (int32_t)sida_rng_below(&rng, (uint32_t)experts);
+            scores[at % 2 ? where : experts - 1] = odd[at % 3];
+            assert_int_equal(sida_hash_table_reserve(&table, 0, 1, 1, 1), SIDA_OK);
+            assert_false(sida_select_logits(&table, 0, 0, scores, experts, scratch));
+        }
+        /* The largest and the smallest there are. */
+        const float far[5] = {-FLT_MAX, FLT_MAX, 0, FLT_MAX, -FLT_MAX};
+        assert_int_equal(sida_hash_table_reserve(&table, 0, 1, 5, 1), SIDA_OK);
+        assert_true(sida_select_logits(&table, 0, 0, far, 5, scratch));
+        static const uint16_t order[5] = {1, 3, 2, 0, 4};
+        assert_memory_equal(table.experts, order, sizeof order);
+    }
+    sida_cpu_kernels_force(NULL);
+    sida_hash_table_free(&table);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(sparsemax_known),
-                                       cmocka_unit_test(sparsemax_random),
-                                       cmocka_unit_test(select_ties)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(sparsemax_known), cmocka_unit_test(sparsemax_random),
+        cmocka_unit_test(select_ties), cmocka_unit_test(select_naive)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

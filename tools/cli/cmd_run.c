@@ -316,12 +316,13 @@ static json_t *report_json(const options *o, const sida_engine_facts *f, const s
         (json_int_t)r->prefetch_loads, "dropped_prefetches", (json_int_t)r->dropped_prefetches,
         "bytes_moved", (json_int_t)r->bytes_moved, "bytes_wasted", (json_int_t)r->bytes_wasted,
         "wait_ms", "inference", r->wait_ms_inference, "hash", r->wait_ms_hash);
-    json_t *hash = json_pack("{s:f, s:f, s:f, s:o, s:o, s:I, s:I, s:I}", "hash_ms_per_batch",
+    json_t *hash = json_pack("{s:f, s:f, s:f, s:o, s:o, s:o, s:I, s:I, s:I}", "hash_ms_per_batch",
                              r->hash_ms_per_batch, "refine_ms_per_batch", r->refine_ms_per_batch,
                              "inference_ms_per_batch", r->inference_ms_per_batch, "hash_share",
-                             number(r->hash_share), "table_wait_share", number(r->table_wait_share),
-                             "refinements", (json_int_t)r->refinements, "revised_in",
-                             (json_int_t)r->revised_in, "revised_out", (json_int_t)r->revised_out);
+                             number(r->hash_share), "refine_share", number(r->refine_share),
+                             "table_wait_share", number(r->table_wait_share), "refinements",
+                             (json_int_t)r->refinements, "revised_in", (json_int_t)r->revised_in,
+                             "revised_out", (json_int_t)r->revised_out);
     json_object_update(all, work);
     json_object_update(all, memory);
     json_object_update(all, moves);
@@ -414,9 +415,11 @@ static void print_table(const options *o, const sida_engine_facts *f, const sida
                "for it after the first batch\n",
                "predicting", r->hash_ms_per_batch, r->hash_share * 100, r->table_wait_share * 100);
     if (r->refinements > 0)
-        printf("%-18s %.3f ms of these, by %" PRId64 " layers' choices: %" PRId64
-               " planned uses came, %" PRId64 " went before their load\n",
-               "refining", r->refine_ms_per_batch, r->refinements, r->revised_in, r->revised_out);
+        printf("%-18s %.3f ms a batch, %.1f %% of inference, by %" PRId64
+               " layers' choices: %" PRId64 " planned uses came, %" PRId64
+               " went before their load\n",
+               "refining", r->refine_ms_per_batch, r->refine_share * 100, r->refinements,
+               r->revised_in, r->revised_out);
     if (o->job.digest) printf("%-18s %s\n", "digest", r->digest);
 }
 
