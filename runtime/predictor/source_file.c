@@ -71,7 +71,7 @@ sida_status sida_source_file_shape(sida_source_shape *out, const json_t **settin
         SIDA_FAIL(SIDA_ERROR_FORMAT, "%s: its config has no settings of a %.40s", path,
                   meta->source);
     for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
-        int64_t value;
+        int64_t value = 0;
         SIDA_TRY(sida_source_setting(&value, shape, fields[i].name, fields[i].low, fields[i].high,
                                      path));
         *fields[i].to = (int32_t)value;
