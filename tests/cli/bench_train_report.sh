@@ -24,7 +24,7 @@ says 'report' '| tracing against Transformers with hooks |  | 10.00 × | 25.00 �
 says 'report' '| bytes a traced token |  | 800 bytes | 750 bytes | yes |'
 says 'report' 'training alone: against PyTorch |  |  | 5.00 × | reported |'
 says 'report' '| 128 | 32 | l1-renorm | 1.100 | 1,861,818 | 1.155 | 1.500 | 6.000 | 4.500 |  | 4.09 | 0.750 | sida-cudnn-tf32 | 0.600 |'
-says 'report' '| 128 | 32 | 1.250 | 40.0% | 30.0% | 20.0% | 5.0% | 2.0% | 4.0% | 8 |'
+says 'report' '| 128 | 32 | 1.250 | 40.0% | 30.0% | 20.0% | 5.0% | 2.0% | 4.0% | 4.0% | 8 |'
 says 'report' '| `sida trace` | 180,000 | 90,000 | 72,000 | 750 | 15.0 | 2 |'
 says 'report' '| PyTorch, TF32 | 15 | 1410 | 20.0 | 135,000 | 9.0 | 65.5 |'
 says 'report' '`trace: sida trace --input valid.tsv`: ended after 240 s'
