@@ -199,7 +199,8 @@ typedef struct sida_report {
      * them, on the inference thread alone; from the queue to the last token. 0 where nothing ran;
      * no predictor: 0 but for the last. */
     double hash_ms_per_batch, refine_ms_per_batch, inference_ms_per_batch;
-    double hash_share, refine_share; /* of the first and the second in the third; NAN: nothing ran */
+    double hash_share,
+        refine_share;        /* of the first and the second in the third; NAN: nothing ran */
     double table_wait_share; /* of the inference thread's time since its first batch that it waited
                               * for hash tables; NAN: nothing ran */
     char digest[33];         /* 32 hexadecimal digits, "" unless asked for */

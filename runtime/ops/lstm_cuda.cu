@@ -171,7 +171,8 @@ __global__ void IN_CLUSTERS __launch_bounds__(CLUSTER_WARPS *WARP, 1)
     const uint32_t to_h = address_in(shared_address(&h[0][group * UNITS]), lane % CLUSTER);
     const uint32_t to_barrier = address_in(barrier, lane % CLUSTER);
     for (int k = hidden + thread; k < CLUSTER_HIDDEN; k += THREADS) h[0][k] = h[1][k] = 0.0f;
-    /* A loop stays a branch: of predicated instructions racecheck takes the two for two threads'. */
+    /* A loop stays a branch: of predicated instructions racecheck takes the two for two threads'.
+     */
     if (thread == 0)
 #pragma unroll 1
         for (int i = 0; i < 2; i++) {

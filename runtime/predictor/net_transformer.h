@@ -25,9 +25,9 @@ typedef struct sida_net_block_pass {
 struct sida_net_transformer_side {
     float *normed_in; /* [n, d_model] */
     sida_net_block_pass blocks[SIDA_NET_BLOCKS_MAX];
-    float *last;   /* [n, hidden] the residual stream's end */
-    /* Of an encoder that a decoder reads: norm_memory(last), [n, hidden], and of all tokens the keys
-     * and values, [blocks, tokens, 2 hidden]. */
+    float *last; /* [n, hidden] the residual stream's end */
+    /* Of an encoder that a decoder reads: norm_memory(last), [n, hidden], and of all tokens the
+     * keys and values, [blocks, tokens, 2 hidden]. */
     float *memory, *memory_pairs;
 };
 
