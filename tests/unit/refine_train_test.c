@@ -5,7 +5,9 @@
 
 #include "trainer/refine.h"
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 #include <string.h>
 
 static uint64_t draw;  /* of the first layer */
@@ -126,7 +128,11 @@ static result trained(int32_t chosen, int threads, int64_t stop) {
                                          .on_step = on_step,
                                          .on_epoch = on_epoch,
                                          .context = &r};
+#ifdef _OPENMP
     omp_set_num_threads(threads);
+#else
+    (void)threads;
+#endif
     r.status = sida_refine_train(&refine, &kept, &measured, net, &train, &valid, &options);
     if (r.status == SIDA_OK) read_rates(&r, kept, measured, chosen);
     if (refine) {
