@@ -219,10 +219,6 @@ static const plan *plan_of(const sida_lt_place *place, const product_key *key) {
     return p;
 }
 
-static sida_status make_plans(sida_lt_plans **out) {
-    return SIDA_ALLOC(out, 1, "plans of products");
-}
-
 /* --- a product */
 
 /* Before anything was issued. */
@@ -242,7 +238,7 @@ sida_status sida_lt_multiply(sida_stream *stream, const sida_gemm_batch *batch, 
     SIDA_TRY(sida_lt_place_of(stream, &place));
     const sida_cublas_lt *lt = place.cublas->lt;
     if (!lt) goto out;
-    if (!*place.plans) SIDA_TRY(make_plans(place.plans));
+    if (!*place.plans) SIDA_TRY(SIDA_ALLOC(place.plans, 1, "plans of products"));
     const product_key exact = key_of(batch, tf32, place.workspace_bytes), most = rounded(exact);
     if (!describe(lt, &d, &exact, batch->a_stride, batch->b_stride, batch->c_stride, batch->bias))
         goto out;

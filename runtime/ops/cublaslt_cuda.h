@@ -1,6 +1,6 @@
 /* Training's products through cuBLAS's lower half, cublasLt. cublasGemmEx asks its heuristics which
- * kernel to take in every call, for two to three times as long as a launch takes; here they are
- * asked once for every kind of product, and the answer is kept. */
+ * kernel to take in every call; here they are asked once for every kind of product, and the answer
+ * is kept. */
 #ifndef SIDA_RUNTIME_OPS_CUBLASLT_CUDA_H
 #define SIDA_RUNTIME_OPS_CUBLASLT_CUDA_H
 
